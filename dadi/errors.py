@@ -2,7 +2,7 @@
 
 The text of an error is the sentence that a person reads: what failed, where, and what to do (`hint`). The class
 carries what a caller decides by: `retryable`, and the two codes that edges translate to (`errno` for the kernel,
-`status` for HTTP). Nothing here does I/O. Edges: `fuse/device.py` (errno), `dadi/wire.py` (HTTP), `dadi/cli` (exit
+`status` for HTTP). Nothing here does I/O. Edges: `fuse/device.py` (errno), `dadi/http.py` (HTTP), `dadi/cli` (exit
 status 1 and the sentence).
 """
 

@@ -1,0 +1,468 @@
+"""The blob store on disk: sparse files, a byte a chunk, least recently used out. See `layout.py` for the files.
+
+All state lives in `_Stored` objects that only the event loop changes; worker threads read and write file data and
+nothing else. A blob is evicted whole, never while it is held or read. After an unclean stop the chunks of blobs that
+were not complete are only claims: `read` and `missing` do not believe one before it has been hashed again.
+
+The kernel's own readers (`fuse/`) look at `DeviceFile.present` and `.fd` directly, from their threads: a byte of
+`present` becomes 1 only after the data is in the file, and the file stays open while the device file is held.
+
+Longer than most files here, since every line shares the one state; what touches file data is in `files.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import structlog
+
+from dadi import digest as digests
+from dadi.blobs import files
+from dadi.blobs.files import RAISE_LIMIT, DiskIngest, full_or_broken
+from dadi.blobs.layout import BlobDirectory, padded, sync_directory
+from dadi.blobs.source import Urgency
+from dadi.errors import Conflict, DigestMismatch, Malformed, NotFound, StoreFull
+from dadi.index.chunks import Blob, blob_of
+
+log = structlog.get_logger()
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class _Stored:
+    """One blob's state. `present` has a byte a chunk; `claimed` are chunks to be hashed before they are believed."""
+
+    def __init__(self, directory: BlobDirectory, blob: Blob, present: bytearray | None, *, trusted: bool) -> None:
+        self.directory = directory
+        self.blob = blob
+        self.complete = present is None
+        self.claimed: set[int] = set()
+        count = blob.table.count
+        if present is None:
+            present = bytearray(b"\x01" * count)
+        elif not trusted:
+            self.claimed = {chunk for chunk in range(count) if present[chunk]}
+            present = bytearray(count)
+        self.present = present
+        self.holds = 0
+        self.used_at = 0.0
+        self.bytes = blob.size if self.complete else self._count_bytes()
+
+    def _count_bytes(self) -> int:
+        table = self.blob.table
+        have = self.present.count(1) + len(self.claimed)
+        size = have * table.chunk_size
+        last = table.count - 1
+        if have and (self.present[last] or last in self.claimed):
+            size -= table.chunk_size - table.extent(last)[1]
+        return size
+
+    def __repr__(self) -> str:
+        state = "complete" if self.complete else f"{self.present.count(1)}/{self.blob.table.count} chunks"
+        return f"_Stored({digests.short(self.blob.digest)}, {state}, {self.holds} holds)"
+
+
+class DeviceFile:
+    """A held blob as the kernel's readers need it: its open data file, its size padded to 4096, and what is present."""
+
+    def __init__(self, stored: _Stored, fd: int) -> None:
+        self.blob = stored.blob
+        self.fd = fd
+        self.size = padded(stored.blob.size)
+        self.present = stored.present
+        self.chunk_shift = stored.blob.table.chunk_size.bit_length() - 1
+        self.path = stored.directory.data
+
+
+class DiskBlobs:
+    """See the head of this file, and `BlobStore` for the contract. `limit` in bytes, 0 for none."""
+
+    def __init__(self, root: Path, *, limit: int = 0, clock: Callable[[], float] = time.time) -> None:
+        """Open or create the store; blocks for as long as reading its small files takes.
+
+        Raises Conflict if another process uses it.
+        """
+        self.root = root
+        self.limit = limit
+        self._clock = clock
+        self._blobs: dict[str, _Stored] = {}
+        self._bytes = 0
+        self._evicted = 0
+        self._recovered = 0
+        self._names = itertools.count()
+        self._threads = ThreadPoolExecutor(4, thread_name_prefix="store")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+        # Blobs come into being one after the other, so that no two writers make the same one.
+        self._changing = asyncio.Lock()
+        (root / "blobs").mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            hint = "two daemons need two state directories"
+            raise Conflict(f"{root} is used by another process", hint=hint) from None
+        self._load()
+
+    def __repr__(self) -> str:
+        return f"DiskBlobs({self.root}, {len(self._blobs)} blobs, {self._bytes} bytes)"
+
+    # ---- start and stop
+
+    def _load(self) -> None:
+        running = self.root / "running"
+        clean = not running.exists()
+        shutil.rmtree(self.root / "incoming", ignore_errors=True)
+        (self.root / "incoming").mkdir(mode=0o700)
+        for path in (self.root / "blobs").iterdir():
+            directory = BlobDirectory(path)
+            try:
+                blob, present = directory.read()
+            except Malformed as error:
+                # A blob that was being made, or a damaged one: it can be had again.
+                log.warning("threw away what is not a whole blob", path=str(path), why=str(error))
+                shutil.rmtree(path, ignore_errors=True)
+                continue
+            stored = self._blobs[blob.digest] = _Stored(directory, blob, present, trusted=clean)
+            stored.used_at = directory.data.stat().st_atime
+            self._bytes += stored.bytes
+            self._recovered += len(stored.claimed)
+        if self._recovered:
+            log.warning("the last stop was not clean: chunks will be verified again", chunks=self._recovered)
+        running.touch(mode=0o600)
+        sync_directory(self.root)
+
+    async def close(self) -> None:
+        """Sync what is partly here, and say that this stop was clean."""
+        if self._closed:
+            return
+        self._closed = True
+        await self._run(self._sync_all, [s for s in self._blobs.values() if not s.complete])
+        self._threads.shutdown()
+        os.close(self._lock)
+
+    def _sync_all(self, partial: list[_Stored]) -> None:
+        clean = True
+        for stored in partial:
+            try:
+                files.sync_partial(stored.directory)
+                os.utime(stored.directory.data, (stored.used_at, stored.used_at))
+            except OSError as error:
+                clean = False
+                log.warning("could not sync a blob", blob=stored.blob.digest, why=str(error))
+            # Claims that nobody has looked at must not become facts by this stop.
+            clean = clean and not stored.claimed
+        if clean:
+            (self.root / "running").unlink(missing_ok=True)
+            sync_directory(self.root)
+
+    async def _run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        self._loop = asyncio.get_running_loop()
+        return await self._loop.run_in_executor(self._threads, lambda: function(*args, **kwargs))
+
+    # ---- what is here
+
+    def has(self, digest: str) -> bool:
+        """Whole and verified?"""
+        stored = self._blobs.get(digest)
+        return stored is not None and stored.complete
+
+    def find(self, digest: str) -> Blob | None:
+        """Return what is known of it."""
+        stored = self._blobs.get(digest)
+        return stored.blob if stored else None
+
+    def _entry(self, blob: Blob) -> _Stored | None:
+        """Return the state of `blob` if what is here was verified by the same table, or as a whole."""
+        stored = self._blobs.get(blob.digest)
+        if stored and (stored.blob.table == blob.table or (stored.complete and stored.blob.size == blob.size)):
+            return stored
+        return None
+
+    async def missing(self, blob: Blob, chunks: range | None = None) -> list[int]:
+        """Return the chunks that are not here, after having verified what an unclean stop left in doubt."""
+        chunks = range(blob.table.count) if chunks is None else chunks
+        stored = self._entry(blob)
+        if stored is not None and not stored.claimed.isdisjoint(chunks):
+            with self._using(stored):
+                await self._verify_claims(stored, chunks)
+        return self._missing(stored, chunks)
+
+    @staticmethod
+    def _missing(stored: _Stored | None, chunks: range) -> list[int]:
+        if stored is None:
+            return list(chunks)
+        if not chunks or stored.present.find(0, chunks.start, chunks.stop) < 0:
+            return []
+        return [chunk for chunk in chunks if not stored.present[chunk]]
+
+    def present_bytes(self, blob: Blob) -> int:
+        """Return how many bytes of the blob are here (verified or claimed)."""
+        stored = self._entry(blob)
+        return stored.bytes if stored else 0
+
+    async def read(self, blob: Blob, chunks: range, urgency: Urgency = Urgency.DEMAND) -> list[bytes]:
+        """Return the run, or raise NotFound if any of it is not here."""
+        if not chunks:
+            return []
+        missing = await self.missing(blob, chunks)
+        stored = self._entry(blob)
+        if stored is None or missing:
+            raise NotFound(f"chunks {chunks.start} to {chunks.stop - 1} of {blob} are not all in {self.root}")
+        with self._using(stored):
+            return await self._run(files.read_chunks, stored.directory.data, blob, chunks)
+
+    async def _verify_claims(self, stored: _Stored, chunks: range) -> None:
+        claims = sorted(stored.claimed.intersection(chunks))
+        good = await self._run(files.hash_again, stored.directory, stored.blob, claims)
+        for chunk in claims:
+            if chunk not in stored.claimed:
+                continue  # somebody else looked meanwhile
+            stored.claimed.discard(chunk)
+            if chunk in good:
+                stored.present[chunk] = 1
+            else:
+                log.warning("a chunk on disk is not what it should be; it will be fetched", blob=stored.blob.digest)
+                self._bytes -= stored.blob.table.extent(chunk)[1]
+                stored.bytes -= stored.blob.table.extent(chunk)[1]
+
+    # ---- taking in
+
+    async def keep(self, blob: Blob, first: int, parts: list[bytes]) -> None:
+        """Write, then mark."""
+        stored = self._entry(blob) or await self._create(blob)
+        if stored.complete or not parts:
+            return
+        with self._using(stored):
+            self._make_room(sum(map(len, parts)))
+            try:
+                await self._run(files.write_chunks, stored.directory, blob, first, parts)
+            except OSError as error:
+                raise full_or_broken(stored.directory.data, error) from None
+            for chunk, part in enumerate(parts, first):
+                if not stored.present[chunk]:
+                    stored.present[chunk] = 1
+                    if chunk in stored.claimed:
+                        stored.claimed.discard(chunk)
+                    else:
+                        stored.bytes += len(part)
+                        self._bytes += len(part)
+
+    async def _create(self, blob: Blob) -> _Stored:
+        async with self._changing:
+            stored = self._entry(blob)
+            if stored is not None:
+                return stored
+            old = self._blobs.get(blob.digest)
+            if old is not None:
+                if old.holds:
+                    hint = "unmount what uses it first"
+                    raise StoreFull(f"{blob} is held here with another chunk table", hint=hint)
+                await self._drop(old)
+            directory = BlobDirectory.of(self.root, blob.digest)
+            try:
+                await self._run(directory.create, blob)
+            except OSError as error:
+                await self._run(shutil.rmtree, directory.path, ignore_errors=True)
+                raise full_or_broken(directory.path, error) from None
+            stored = self._blobs[blob.digest] = _Stored(directory, blob, bytearray(blob.table.count), trusted=True)
+            stored.used_at = self._clock()
+            return stored
+
+    async def finish(self, blob: Blob) -> None:
+        """Hash the whole, sync it, mark it complete."""
+        stored = self._entry(blob)
+        if stored is not None and stored.complete:
+            return
+        if stored is None or await self.missing(blob):
+            raise NotFound(f"{blob} is not all in {self.root}")
+        with self._using(stored):
+            digest = await self._run(files.hash_and_sync, stored.directory, blob.size)
+            if digest != blob.digest:
+                stored.present[:] = bytes(blob.table.count)
+                self._bytes -= stored.bytes
+                stored.bytes = 0
+                await self._run(stored.directory.present.write_bytes, bytes(blob.table.count))
+                raise DigestMismatch(
+                    f"all chunks of {blob} match its chunk table, but the whole does not match its digest",
+                    hint="the chunk table is wrong: ask the superpeer to index the image again",
+                )
+            await self._run(stored.directory.mark_complete)
+            stored.complete = True
+
+    def ingest(self) -> DiskIngest:
+        """Begin a whole blob."""
+        self._loop = asyncio.get_running_loop()
+        return DiskIngest(self.root / "incoming" / str(next(self._names)), self._make_room_from_thread, self.limit)
+
+    async def commit(self, ingest: object, blob: Blob) -> None:
+        """Move the ingested file into place."""
+        assert isinstance(ingest, DiskIngest)
+        if ingest.size != blob.size:
+            ingest.abort()
+            raise DigestMismatch(f"{ingest.size} bytes were written of {blob}")
+        try:
+            async with self._changing:
+                stored = self._blobs.get(blob.digest)
+                if stored is None or not (stored.complete or stored.holds):
+                    await self._move_in(ingest, blob, stored)
+                    return
+            if not stored.complete:
+                # Mounted while it is partly here: fill the file that the kernel has open, not another one.
+                await self._run(ingest.seal)
+                await self._fill_from(stored, ingest.path)
+        finally:
+            ingest.abort()
+
+    async def _move_in(self, ingest: DiskIngest, blob: Blob, partial: _Stored | None) -> None:
+        if partial is not None:
+            await self._drop(partial)
+        self._make_room(blob.size)
+        directory = BlobDirectory.of(self.root, blob.digest)
+        try:
+            await self._run(files.move_in, ingest, directory, blob)
+        except OSError as error:
+            await self._run(shutil.rmtree, directory.path, ignore_errors=True)
+            raise full_or_broken(directory.path, error) from None
+        stored = self._blobs[blob.digest] = _Stored(directory, blob, None, trusted=True)
+        stored.used_at = self._clock()
+        self._bytes += blob.size
+
+    async def _fill_from(self, stored: _Stored, path: Path) -> None:
+        for chunk in await self.missing(stored.blob):
+            parts = await self._run(files.read_chunks, path, stored.blob, range(chunk, chunk + 1))
+            await self._run(stored.blob.table.verify, chunk, parts[0], source=str(path))
+            await self.keep(stored.blob, chunk, parts)
+        await self.finish(stored.blob)
+
+    async def put(self, data: bytes) -> Blob:
+        """Store a small whole blob."""
+        blob = await self._run(blob_of, data)
+        if not self.has(blob.digest):
+            ingest = self.ingest()
+            try:
+                await self._run(ingest.write, data)
+            except BaseException:
+                ingest.abort()
+                raise
+            await self.commit(ingest, blob)
+        return blob
+
+    async def get(self, digest: str) -> bytes:
+        """Return a small whole blob."""
+        stored = self._blobs.get(digest)
+        if stored is None or not stored.complete:
+            raise NotFound(f"{digest} is not in {self.root}")
+        return b"".join(await self.read(stored.blob, range(stored.blob.table.count)))
+
+    # ---- holding and letting go
+
+    @contextmanager
+    def hold(self, blob: Blob) -> Iterator[None]:
+        """Keep it from eviction."""
+        stored = self._blobs.get(blob.digest)
+        if stored is None:
+            raise NotFound(f"{blob} is not in {self.root}: nothing to hold")
+        with self._using(stored):
+            yield
+
+    @contextmanager
+    def _using(self, stored: _Stored) -> Iterator[None]:
+        stored.holds += 1
+        stored.used_at = self._clock()
+        try:
+            yield
+        finally:
+            stored.holds -= 1
+
+    @contextmanager
+    def open_device(self, blob: Blob) -> Iterator[DeviceFile]:
+        """Hold the blob and give its file to the kernel's readers; `prepare` must have been called."""
+        stored = self._entry(blob)
+        if stored is None:
+            raise NotFound(f"{blob} is not in {self.root}")
+        with self._using(stored):
+            fd = os.open(stored.directory.data, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                yield DeviceFile(stored, fd)
+            finally:
+                os.close(fd)
+
+    def data_path(self, blob: Blob) -> Path:
+        """Return where the blob's bytes are, padded to 4096."""
+        return BlobDirectory.of(self.root, blob.digest).data
+
+    async def prepare(self, blob: Blob) -> None:
+        """Make the blob's (empty) sparse file, if it has none. Raises StoreFull."""
+        if self._entry(blob) is None:
+            await self._create(blob)
+
+    def _make_room(self, more: int) -> None:
+        """Evict until `more` bytes fit under the limit; raise StoreFull if they cannot."""
+        if not self.limit:
+            return
+        while self._bytes + more > self.limit:
+            if not self._evict_one():
+                raise StoreFull(f"the store's limit of {self.limit} bytes is reached by blobs in use",
+                                hint=RAISE_LIMIT)  # fmt: skip
+
+    def _make_room_from_thread(self) -> bool:
+        """For an ingest that met a full disk: evict one blob; False if there is none to evict."""
+        assert self._loop is not None
+
+        async def evict() -> bool:
+            return self._evict_one()
+
+        return asyncio.run_coroutine_threadsafe(evict(), self._loop).result()
+
+    def _evict_one(self) -> bool:
+        free = [stored for stored in self._blobs.values() if not stored.holds]
+        if not free:
+            return False
+        victim = min(free, key=lambda stored: stored.used_at)
+        log.info("evicted a blob", blob=victim.blob.digest, bytes=victim.bytes)
+        self._forget(victim)
+        self._evicted += 1
+        # Renamed first, so that the digest can be taken in again at once; emptied in a thread.
+        self._threads.submit(shutil.rmtree, self._renamed(victim), ignore_errors=True)
+        return True
+
+    async def _drop(self, stored: _Stored) -> None:
+        self._forget(stored)
+        await self._run(shutil.rmtree, self._renamed(stored), ignore_errors=True)
+
+    def _renamed(self, stored: _Stored) -> Path:
+        # On the loop, though it is a system call: it must be one step with `_forget`.
+        target = self.root / "incoming" / f"{next(self._names)}.old"
+        os.rename(stored.directory.path, target)
+        return target
+
+    def _forget(self, stored: _Stored) -> None:
+        del self._blobs[stored.blob.digest]
+        self._bytes -= stored.bytes
+
+    async def remove(self, digest: str) -> bool:
+        """Throw a blob away unless it is in use; say whether it was."""
+        stored = self._blobs.get(digest)
+        if stored is None or stored.holds:
+            return False
+        await self._drop(stored)
+        return True
+
+    def statistics(self) -> dict[str, int]:
+        """Counts and bytes."""
+        held = sum(1 for stored in self._blobs.values() if stored.holds)
+        claims = sum(len(stored.claimed) for stored in self._blobs.values())
+        return {"blobs": len(self._blobs), "bytes": self._bytes, "limit": self.limit, "evicted": self._evicted,
+                "held": held, "unverified_chunks": claims}  # fmt: skip

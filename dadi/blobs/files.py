@@ -1,0 +1,162 @@
+"""What the disk store does with files, in its worker threads: chunks read, written and hashed; whole blobs coming in.
+
+Plain blocking functions; none of them knows the store's state or the event loop. `disk.py` decides, this file moves.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from dadi.blobs.layout import BlobDirectory, padded, sync_directory
+from dadi.errors import Conflict, DigestMismatch, StoreFull, Unavailable
+from dadi.index.chunks import Blob
+
+RAISE_LIMIT = "raise store.limit, or free some space"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_HASH_STEP = 4 << 20
+
+
+def full_or_broken(path: Path, error: OSError) -> StoreFull | Unavailable:
+    """Return the error of the tree for an OSError met while writing `path`."""
+    if error.errno in _NO_SPACE:
+        return StoreFull(f"no space left on the disk of {path}", hint=RAISE_LIMIT)
+    return Unavailable(f"cannot write {path}: {error.strerror}", hint="check the disk and the kernel's log")
+
+
+class DiskIngest:
+    """See `dadi.blobs.store.Ingest`. Written by one worker thread at a time."""
+
+    def __init__(self, path: Path, make_room: Callable[[], bool], limit: int) -> None:
+        self.path = path
+        self.size = 0
+        self._make_room = make_room
+        self._limit = limit
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append; on a full disk old blobs are evicted first."""
+        if self._fd < 0:
+            raise Conflict("this ingest has ended")
+        view = memoryview(data)
+        if self._limit and self.size + len(view) > self._limit:
+            raise StoreFull(f"a blob of more than {self._limit} bytes does not fit the store", hint=RAISE_LIMIT)
+        while view:
+            try:
+                written = os.write(self._fd, view)
+            except OSError as error:
+                if error.errno in _NO_SPACE and self._make_room():
+                    continue
+                raise full_or_broken(self.path, error) from None
+            view = view[written:]
+            self.size += written
+
+    def seal(self) -> None:
+        """Pad, sync and close; in a worker thread."""
+        os.ftruncate(self._fd, padded(self.size))
+        os.fdatasync(self._fd)
+        os.close(self._fd)
+        self._fd = -1
+
+    def abort(self) -> None:
+        """Throw away."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self.path.unlink(missing_ok=True)
+
+
+def read_chunks(path: Path, blob: Blob, chunks: range) -> list[bytes]:
+    """Return the chunks' bytes as the data file has them; raise Unavailable if it cannot be read or is too short."""
+    _, length = blob.table.span(chunks)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        parts = [os.pread(fd, blob.table.extent(chunk)[1], blob.table.extent(chunk)[0]) for chunk in chunks]
+    except OSError as error:
+        raise Unavailable(f"cannot read {path}: {error.strerror}", hint="check the disk") from None
+    finally:
+        os.close(fd)
+    if sum(map(len, parts)) != length:
+        raise Unavailable(f"{path} is shorter than its blob", hint="was it changed by hand? remove its directory")
+    return parts
+
+
+def write_chunks(directory: BlobDirectory, blob: Blob, first: int, parts: list[bytes]) -> None:
+    """Write neighbouring chunks, then say in `present` that they are there. Raises OSError."""
+    fd = os.open(directory.data, os.O_WRONLY)
+    try:
+        offset = blob.table.extent(first)[0]
+        for part in parts:
+            if os.pwrite(fd, part, offset) != len(part):
+                raise OSError(errno.ENOSPC, "short write")
+            offset += len(part)
+    finally:
+        os.close(fd)
+    fd = os.open(directory.present, os.O_WRONLY)
+    try:
+        os.pwrite(fd, b"\x01" * len(parts), first)
+    finally:
+        os.close(fd)
+
+
+def hash_again(directory: BlobDirectory, blob: Blob, claims: list[int]) -> set[int]:
+    """Return which of the claimed chunks are what they should be; withdraw the claims of the others."""
+    good = set()
+    for chunk in claims:
+        try:
+            part = read_chunks(directory.data, blob, range(chunk, chunk + 1))[0]
+            blob.table.verify(chunk, part)
+        except (DigestMismatch, Unavailable):
+            continue
+        good.add(chunk)
+    bad = [chunk for chunk in claims if chunk not in good]
+    if bad:
+        fd = os.open(directory.present, os.O_WRONLY)
+        try:
+            for chunk in bad:
+                os.pwrite(fd, b"\0", chunk)
+        finally:
+            os.close(fd)
+    return good
+
+
+def hash_and_sync(directory: BlobDirectory, size: int) -> str:
+    """Make the data durable and return the digest of its first `size` bytes."""
+    digest = hashlib.sha256()
+    fd = os.open(directory.data, os.O_RDONLY)
+    try:
+        os.fdatasync(fd)
+        buffer = memoryview(bytearray(_HASH_STEP))
+        at = 0
+        while at < size:
+            got = os.preadv(fd, [buffer[: min(_HASH_STEP, size - at)]], at)
+            if not got:
+                break
+            digest.update(buffer[:got])
+            at += got
+    finally:
+        os.close(fd)
+    return "sha256:" + digest.hexdigest()
+
+
+def sync_partial(directory: BlobDirectory) -> None:
+    """Make the chunks and the marks of a blob that is partly here durable. Raises OSError."""
+    for path in (directory.data, directory.present):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def move_in(ingest: DiskIngest, directory: BlobDirectory, blob: Blob) -> None:
+    """Make an ingested file the blob, durably. Raises OSError."""
+    ingest.seal()
+    directory.path.mkdir(mode=0o700, exist_ok=True)
+    os.rename(ingest.path, directory.data)
+    directory.write_table(blob)
+    directory.mark_complete()
+    sync_directory(directory.path.parent)

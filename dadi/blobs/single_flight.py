@@ -1,0 +1,79 @@
+"""One fetch per chunk per process; the fetch outlives the reader that started it.
+
+A run is split: chunks that somebody is fetching already are waited for, the others are fetched as runs, by tasks that
+belong to this object and not to the reader. So a reader may be cancelled without harm to those who wait for the same
+chunk. Sits *outside* of what keeps chunks: else N readers would write N times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from itertools import groupby
+
+from dadi.blobs.source import Source, Urgency
+from dadi.index.chunks import Blob
+
+_Key = tuple[str, int]
+
+
+class SingleFlight:
+    """A source around `source`; see the head of this file."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.joined = 0
+        """Chunks that were waited for instead of fetched a second time."""
+        self._in_flight: dict[_Key, asyncio.Future[bytes]] = {}
+        self._tasks: set[asyncio.Task[list[bytes]]] = set()
+
+    def __repr__(self) -> str:
+        return f"SingleFlight({self.source!r})"
+
+    async def read(self, blob: Blob, chunks: range, urgency: Urgency = Urgency.DEMAND) -> list[bytes]:
+        """Return the run, each of its chunks fetched by whoever was first to ask."""
+        new = [chunk for chunk in chunks if (blob.digest, chunk) not in self._in_flight]
+        self.joined += len(chunks) - len(new)
+        for run in runs(new):
+            self._take_off(blob, run, urgency)
+        waiting = [self._in_flight[blob.digest, chunk] for chunk in chunks]
+        return list(await asyncio.gather(*map(asyncio.shield, waiting)))
+
+    def _take_off(self, blob: Blob, run: range, urgency: Urgency) -> None:
+        loop = asyncio.get_running_loop()
+        for chunk in run:
+            self._in_flight[blob.digest, chunk] = loop.create_future()
+        task = loop.create_task(self._source_read(blob, run, urgency))
+        self._tasks.add(task)
+        # A callback and not code of the task: it runs also for a task that was cancelled before it began.
+        task.add_done_callback(partial(self._landed, blob.digest, run))
+
+    async def _source_read(self, blob: Blob, run: range, urgency: Urgency) -> list[bytes]:
+        return await self.source.read(blob, run, urgency)
+
+    def _landed(self, digest: str, run: range, task: asyncio.Task[list[bytes]]) -> None:
+        self._tasks.discard(task)
+        for place, chunk in enumerate(run):
+            future = self._in_flight.pop((digest, chunk))
+            if task.cancelled():
+                future.cancel()
+            elif error := task.exception():
+                future.set_exception(error)
+                future.exception()  # looked at: it is no fault if every reader has gone
+            else:
+                future.set_result(task.result()[place])
+
+    async def close(self) -> None:
+        """Cancel what is in flight; its readers get CancelledError."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def runs(chunks: list[int]) -> list[range]:
+    """Return ascending numbers as runs of neighbours: [1, 2, 5] gives [range(1, 3), range(5, 6)]."""
+    found = []
+    for _, group in groupby(enumerate(chunks), lambda pair: pair[1] - pair[0]):
+        members = [chunk for _, chunk in group]
+        found.append(range(members[0], members[-1] + 1))
+    return found

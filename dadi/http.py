@@ -1,0 +1,200 @@
+"""HTTP between our own programs: one client set-up, one server set-up, and errors as JSON on the way.
+
+    an error     status of its class, {"error": code, "message": …, "hint": …}; `Retry-After` where it is known
+    events       long work answers 200 with one JSON object a line (NDJSON); the last has "event": "done", or
+                 "event": "error" with the fields above
+
+The registry client has its own set-up (`dadi/oci`), since it talks to strangers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import aiohttp
+import msgspec
+import structlog
+from aiohttp import web
+
+from dadi.errors import Conflict, DadiError, InvalidRequest, Unavailable, by_code
+
+log = structlog.get_logger()
+_READ_BUFFER = 1 << 20
+_MAX_ERROR_BODY = 64 << 10
+_MAX_EVENT = 16 << 20
+Event = dict[str, Any]
+
+
+# ---- client
+
+
+def client(*, connect: float = 3.0, read: float = 30.0, unix_socket: str | None = None) -> aiohttp.ClientSession:
+    """Return a session for our own programs. `connect`, `read` (without a byte): seconds."""
+    connector = aiohttp.UnixConnector(unix_socket) if unix_socket else aiohttp.TCPConnector(limit=0, limit_per_host=64)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect, sock_read=read)
+    return aiohttp.ClientSession(
+        connector=connector,
+        timeout=timeout,
+        read_bufsize=_READ_BUFFER,
+        auto_decompress=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )
+
+
+@contextlib.asynccontextmanager
+async def request(
+    session: aiohttp.ClientSession, method: str, url: str, what: str, **options: Any
+) -> AsyncIterator[aiohttp.ClientResponse]:
+    """Make a request and give its response (status below 300); raise the error that the other side sent.
+
+    Whatever breaks on the way, also inside of the block, becomes Unavailable, saying that `what` failed.
+    """
+    try:
+        async with session.request(method, url, allow_redirects=False, **options) as response:
+            if response.status >= 300:
+                raise await _error_of(response, what)
+            yield response
+    except TimeoutError:
+        raise Unavailable(f"{what}: {url} did not answer in time", hint="is it up, and reachable from here?") from None
+    except aiohttp.ClientConnectorError as error:
+        hint = "is it running? is the address right?"
+        raise Unavailable(f"{what}: cannot connect to {url}: {error.os_error.strerror or error}", hint=hint) from None
+    except (aiohttp.ClientError, asyncio.IncompleteReadError, OSError) as error:
+        raise Unavailable(f"{what}: {url}: {str(error) or type(error).__name__}") from None
+
+
+async def _error_of(response: aiohttp.ClientResponse, what: str) -> DadiError:
+    body = await response.content.read(_MAX_ERROR_BODY)
+    try:
+        fields = msgspec.json.decode(body, type=dict[str, Any])
+        return error_from(fields)
+    except msgspec.MsgspecError:
+        text = f"{what}: {response.url} answered {response.status} {response.reason}"
+        return Unavailable(text) if response.status >= 500 else InvalidRequest(text)
+
+
+def error_from(fields: Event) -> DadiError:
+    """Return the error that another program of ours put into JSON."""
+    return by_code(str(fields.get("error")))(str(fields.get("message")), hint=fields.get("hint"))
+
+
+def error_fields(error: DadiError) -> Event:
+    """Return an error as the fields of a JSON object."""
+    return {"error": error.code, "message": error.message, "hint": error.hint}
+
+
+async def events(response: aiohttp.ClientResponse) -> AsyncIterator[Event]:
+    """Yield the events of long work up to and with "done"; raise its error, or Unavailable if it ends without."""
+    pending = b""
+    async for piece in response.content.iter_any():
+        *lines, pending = (pending + piece).split(b"\n")
+        if len(pending) > _MAX_EVENT:
+            raise Unavailable(f"{response.url} sent an event of more than {_MAX_EVENT} bytes")
+        for line in lines:
+            event = msgspec.json.decode(line, type=dict[str, Any])
+            if event.get("event") == "error":
+                raise error_from(event)
+            yield event
+            if event.get("event") == "done":
+                return
+    raise Unavailable(f"{response.url} broke off before it was done", hint="look into its log")
+
+
+# ---- server
+
+
+@web.middleware
+async def errors_as_json(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Translate the error tree; anything else is a fault of ours: logged with its trace, told as such."""
+    try:
+        return await handler(request)
+    except DadiError as error:
+        headers = {}
+        if isinstance(error, Unavailable) and error.retry_after is not None:
+            headers["Retry-After"] = str(int(error.retry_after + 1))
+        return web.json_response(error_fields(error), status=error.status, headers=headers)
+    except (web.HTTPException, ConnectionResetError, asyncio.CancelledError):
+        raise
+    except Exception:
+        log.exception("a fault of ours", method=request.method, path=request.path)
+        fields = {"error": "internal", "message": "a fault of ours; the log has its trace", "hint": None}
+        return web.json_response(fields, status=500)
+
+
+async def stream_events(request: web.Request, work: AsyncIterator[Event]) -> web.StreamResponse:
+    """Answer with the events of `work`, then "done" or its error."""
+    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+    await response.prepare(request)
+    async with contextlib.aclosing(work):  # type: ignore[type-var]  # an async generator in fact
+        try:
+            async for event in work:
+                await response.write(msgspec.json.encode(event) + b"\n")
+            last: Event = {"event": "done"}
+        except DadiError as error:
+            last = {"event": "error", **error_fields(error)}
+        except (ConnectionResetError, asyncio.CancelledError):
+            raise
+        except Exception:
+            log.exception("a fault of ours", path=request.path)
+            last = {"event": "error", "error": "internal", "message": "a fault of ours; the log has its trace"}
+    await response.write(msgspec.json.encode(last) + b"\n")
+    return response
+
+
+def application() -> web.Application:
+    """Return an application with our error translation and small request bodies."""
+    return web.Application(middlewares=[errors_as_json], client_max_size=1 << 20)
+
+
+async def serve_tcp(app: web.Application, listen: str) -> tuple[web.AppRunner, str]:
+    """Serve on "host:port" (port 0: any); return the runner (`cleanup()` stops it) and the address in fact.
+
+    Raises Conflict if the port is taken.
+    """
+    host, port = parse_listen(listen)
+    runner = _runner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port, backlog=1024).start()
+    except OSError as error:
+        await runner.cleanup()
+        hint = "another dadi, or another program, has it; `listen` in the configuration chooses the address"
+        raise Conflict(f"cannot listen on {listen}: {error.strerror}", hint=hint) from None
+    address = runner.addresses[0]
+    return runner, f"{address[0]}:{address[1]}"
+
+
+async def serve_unix(app: web.Application, path: str) -> web.AppRunner:
+    """Serve on a unix socket that only our own user may use. Raises Conflict if somebody else listens there."""
+    try:
+        _, writer = await asyncio.open_unix_connection(path)
+    except FileNotFoundError:
+        pass
+    except OSError:
+        os.unlink(path)  # left behind by a process that is gone
+    else:
+        writer.close()
+        raise Conflict(f"another process listens on {path}", hint="`run` in the configuration chooses the place")
+    runner = _runner(app)
+    await runner.setup()
+    await web.UnixSite(runner, path).start()
+    os.chmod(path, 0o600)
+    return runner
+
+
+def _runner(app: web.Application) -> web.AppRunner:
+    return web.AppRunner(app, access_log=None, shutdown_timeout=1.0, handle_signals=False)
+
+
+def parse_listen(listen: str) -> tuple[str, int]:
+    """Return (host, port) of "host:port", "[v6]:port" or ":port"."""
+    host, _, port = listen.rpartition(":")
+    if not port.isdigit() or int(port) > 65535:
+        raise InvalidRequest(f"{listen!r} is not host:port")
+    return host.strip("[]") or "0.0.0.0", int(port)

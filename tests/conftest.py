@@ -1,0 +1,43 @@
+"""What all tests share: requirements that this machine may lack, and the asyncio hygiene of the suite."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "root: needs root, /dev/fuse and loop devices")
+    config.addinivalue_line("markers", "programs(*names): needs these programs")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("root"):
+            why = _why_not_root()
+            if why:
+                item.add_marker(pytest.mark.skip(reason=why))
+        for marker in item.iter_markers("programs"):
+            lacking = [name for name in marker.args if not shutil.which(name)]
+            if lacking:
+                item.add_marker(pytest.mark.skip(reason=f"not installed: {', '.join(lacking)} (scripts/setup does it)"))
+
+
+def _why_not_root() -> str | None:
+    if os.geteuid() != 0:
+        return "needs root"
+    for path in ("/dev/fuse", "/dev/loop-control"):
+        if not os.access(path, os.R_OK | os.W_OK):
+            return f"needs {path}"
+    return None
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_for_the_collector() -> Iterator[None]:
+    """Collect after each test, so that an unclosed socket or an unawaited task is blamed on the test that left it."""
+    yield
+    gc.collect(0)
