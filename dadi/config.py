@@ -31,9 +31,9 @@ _UNITS: dict[str, dict[str, Any]] = {SIZE: dict(_SIZES), SECONDS: dict(_SECONDS)
 _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
-def described(description: str, unit: str | None = None) -> Meta:
+def described(description: str, unit: str | None = None, *, at_least: int | None = None) -> Meta:
     """Return the annotation of a configuration field: one line of meaning, and its unit if it takes text with one."""
-    return Meta(description=description, extra={"unit": unit} if unit else None)
+    return Meta(description=description, extra={"unit": unit} if unit else None, ge=at_least)
 
 
 def quantity(text: str, unit: str) -> float:

@@ -1,0 +1,1 @@
+"""Other machines of ours: the superpeer, and (by and by) peers."""

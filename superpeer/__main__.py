@@ -1,0 +1,5 @@
+"""`python -m superpeer`: the same as `dadi-superpeer`."""
+
+from superpeer.main import main
+
+main()

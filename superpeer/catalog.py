@@ -1,0 +1,136 @@
+"""Which images the superpeer knows: reference and platform → image index; kept on disk, a small JSON file each.
+
+The image index, its layer indexes and its metadata are held in the store for as long as the record stands: they are
+small and dear. Layers are not held: they can be had from the registry again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from dadi.blobs.layout import write_durably
+from dadi.blobs.store import BlobStore
+from dadi.errors import DadiError, NotFound
+from dadi.index import image as image_index
+from dadi.index.image import ImageIndex, ImageLayer
+
+log = structlog.get_logger()
+
+
+class ImageRecord(msgspec.Struct, frozen=True):
+    """What `reference` was for `platform` when the registry was last asked (`resolved_at`, seconds since 1970).
+
+    `top_digest` is what the reference itself leads to: the manifest, or the index of several platforms.
+    """
+
+    reference: str
+    platform: str
+    top_digest: str
+    manifest_digest: str
+    index_digest: str
+    index_size: int
+    resolved_at: float
+
+
+class Catalog:
+    """The records, in memory and under `directory`."""
+
+    def __init__(self, directory: Path, store: BlobStore, clock: Callable[[], float] = time.time) -> None:
+        self._directory = directory
+        self._store = store
+        self._clock = clock
+        self._records: dict[tuple[str, str], ImageRecord] = {}
+        self._images: dict[str, ImageIndex] = {}
+        self._layers: dict[str, tuple[str, ImageLayer]] = {}
+        self._held = contextlib.ExitStack()
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def __repr__(self) -> str:
+        return f"Catalog({len(self._records)} references, {len(self._images)} images, {len(self._layers)} layers)"
+
+    async def load(self) -> None:
+        """Read the records; one that is damaged, or whose index is gone, is dropped: it is made again on demand."""
+        for path in sorted(self._directory.glob("*.json")):
+            try:
+                record = msgspec.json.decode(path.read_bytes(), type=ImageRecord)
+                await self._remember(record)
+            except (msgspec.MsgspecError, DadiError, OSError) as error:
+                log.warning("dropped what was known of an image", file=str(path), why=str(error))
+                path.unlink(missing_ok=True)
+
+    def find(self, reference: str, platform: str) -> ImageRecord | None:
+        """Return the record, however old."""
+        return self._records.get((reference, platform))
+
+    def age(self, record: ImageRecord) -> float:
+        """Return the seconds since the registry was asked."""
+        return max(0.0, self._clock() - record.resolved_at)
+
+    def by_manifest(self, manifest_digest: str) -> ImageRecord | None:
+        """Return any record of this very image, under whatever name."""
+        return next((r for r in self._records.values() if r.manifest_digest == manifest_digest), None)
+
+    def image(self, record: ImageRecord) -> ImageIndex:
+        """Return the record's image index."""
+        return self._images[record.index_digest]
+
+    def layer_by_diff_id(self, diff_id: str) -> tuple[str, ImageLayer] | None:
+        """Return a reference in whose repository this uncompressed layer can be found, and the layer."""
+        return self._layers.get(diff_id)
+
+    def layer_by_digest(self, layer_digest: str) -> ImageLayer | None:
+        """Return a layer that was indexed before, in whatever image."""
+        return next((layer for _, layer in self._layers.values() if layer.layer_digest == layer_digest), None)
+
+    def records(self) -> list[ImageRecord]:
+        """Return all, oldest first."""
+        return list(self._records.values())
+
+    async def add(
+        self, reference: str, platform: str, top_digest: str, index: ImageIndex, encoded: bytes
+    ) -> ImageRecord:
+        """Store the image index and remember it under this reference, from now on and after a restart."""
+        blob = await self._store.put(encoded)
+        record = ImageRecord(
+            reference, platform, top_digest, index.manifest_digest, blob.digest, blob.size, self._clock()
+        )
+        await self._remember(record)
+        return record
+
+    async def confirm(self, record: ImageRecord, reference: str, platform: str, top_digest: str) -> ImageRecord:
+        """Remember that the registry said so just now, be it of another reference or platform."""
+        record = msgspec.structs.replace(
+            record, reference=reference, platform=platform, top_digest=top_digest, resolved_at=self._clock()
+        )
+        await self._remember(record)
+        return record
+
+    async def _remember(self, record: ImageRecord) -> None:
+        index = self._images.get(record.index_digest)
+        if index is None:
+            index = image_index.decode(await self._store.get(record.index_digest))
+            needed = (record.index_digest, index.metadata.digest, *(layer.index_digest for layer in index.layers))
+            with contextlib.ExitStack() as holds:
+                for digest in needed:
+                    blob = self._store.find(digest)
+                    if blob is None or not self._store.has(digest):
+                        raise NotFound(f"{digest}, which {record.reference} needs, is no longer in the store")
+                    holds.enter_context(self._store.hold(blob))
+                self._held.push(holds.pop_all())
+            self._images[record.index_digest] = index
+        for layer in index.layers:
+            self._layers[layer.diff_id] = (record.reference, layer)
+        self._records[record.reference, record.platform] = record
+        key = hashlib.sha256(f"{record.reference}|{record.platform}".encode()).hexdigest()
+        write_durably(self._directory / f"{key[:32]}.json", msgspec.json.encode(record))
+
+    def close(self) -> None:
+        """Let go of what is held."""
+        self._held.close()

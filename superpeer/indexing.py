@@ -1,0 +1,94 @@
+"""An image index for an image that has none: layers indexed as they stream by, metadata merged, all of it stored.
+
+Steps: (1) each layer, several at a time: its index from an earlier image, else from `origin.bring`; (2) the merged
+EROFS metadata, in a thread; (3) the image index.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+
+from dadi.blobs.disk import DiskBlobs
+from dadi.erofs import writer as erofs
+from dadi.index.image import VERSION, ImageIndex, ImageLayer
+from dadi.index.layer import LayerIndex
+from dadi.oci.manifest import Descriptor
+from dadi.oci.reference import Reference
+from dadi.oci.registry import ResolvedImage
+from superpeer.catalog import Catalog
+from superpeer.origin import Origin
+
+
+class Progress(msgspec.Struct):
+    """How far indexing is; `bytes` of `total` are compressed bytes of layers that must come from the registry."""
+
+    layers: int = 0
+    layers_done: int = 0
+    bytes: int = 0
+    total: int = 0
+    stage: str = "resolving"
+
+
+class Indexer:
+    """Makes image indexes on first sight."""
+
+    def __init__(self, store: DiskBlobs, catalog: Catalog, origin: Origin) -> None:
+        self._store = store
+        self._catalog = catalog
+        self._origin = origin
+
+    async def image(self, reference: Reference, resolved: ResolvedImage, progress: Progress) -> ImageIndex:
+        """Return the image's index; its layers, layer indexes and metadata are in the store then."""
+        progress.stage = "indexing layers"
+        progress.layers = len(resolved.manifest.layers)
+        pairs = list(zip(resolved.manifest.layers, resolved.diff_ids, strict=True))
+        done = await _all([self._layer(reference, layer, diff_id, progress) for layer, diff_id in pairs])
+        progress.stage = "writing metadata"
+        metadata = await asyncio.to_thread(erofs.write, [index for index, _ in done])
+        blob = await self._store.put(metadata.image)
+        return ImageIndex(
+            version=VERSION,
+            manifest_digest=resolved.descriptor.digest,
+            config_digest=resolved.manifest.config.digest,
+            platform=str(resolved.platform),
+            config=resolved.config,
+            layers=tuple(layer for _, layer in done),
+            metadata=blob,
+            devices=metadata.devices,
+        )
+
+    async def _layer(self, reference: Reference, descriptor: Descriptor, diff_id: str,
+                     progress: Progress) -> tuple[LayerIndex, ImageLayer]:  # fmt: skip
+        known = self._catalog.layer_by_digest(descriptor.digest)
+        if known is not None and known.diff_id == diff_id and self._store.has(known.index_digest):
+            index = await self._origin.known(known.index_digest)
+            progress.layers_done += 1
+            return index, msgspec.structs.replace(known, media_type=descriptor.media_type)
+        progress.total += descriptor.size
+        before = 0
+
+        def advance(done: int) -> None:
+            nonlocal before
+            progress.bytes += done - before
+            before = done
+
+        index, blob = await self._origin.bring(reference, descriptor, diff_id, advance)
+        advance(descriptor.size)
+        progress.layers_done += 1
+        layer = ImageLayer(descriptor.digest, descriptor.size, descriptor.media_type, diff_id, index.table,
+                           blob.digest, blob.size)  # fmt: skip
+        return index, layer
+
+
+async def _all(work: list) -> list:  # type: ignore[type-arg]  # a list of coroutines of one type, and their results
+    """Run all; when one fails the others are cancelled and its own error is raised (a TaskGroup would wrap it)."""
+    tasks = [asyncio.ensure_future(item) for item in work]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

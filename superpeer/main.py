@@ -1,0 +1,45 @@
+"""`dadi-superpeer`: the process. Opens the store, starts the service, serves HTTP until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import structlog
+
+from dadi import http, program
+from dadi.blobs.disk import DiskBlobs
+from dadi.fallbacks import Fallbacks
+from superpeer import app
+from superpeer.config import SuperpeerConfig
+from superpeer.service import Superpeer
+
+log = structlog.get_logger()
+
+
+async def serve(config: SuperpeerConfig, stop: asyncio.Event) -> None:
+    """Run a superpeer until `stop` is set."""
+    store = await asyncio.to_thread(lambda: DiskBlobs(Path(config.state) / "store", limit=config.store.limit))
+    superpeer = Superpeer(config, store, Fallbacks())
+    try:
+        await superpeer.start()
+        runner, address = await http.serve_tcp(app.create(superpeer), config.listen)
+        try:
+            log.info("superpeer is ready", address=address, state=config.state, images=len(superpeer.catalog.records()))
+            await stop.wait()
+        finally:
+            await runner.cleanup()
+    finally:
+        await superpeer.close()
+        await store.close()
+
+
+main = program.daemon(
+    "dadi-superpeer",
+    "Cache a datacenter's image blobs: fetch each from the registry once, index images, serve ranges to nodes.",
+    SuperpeerConfig,
+    serve,
+)
+
+if __name__ == "__main__":
+    main()

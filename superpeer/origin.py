@@ -1,0 +1,113 @@
+"""The superpeer's upstream: whole layers from the registry, each streamed once, whoever asks and however many.
+
+One pass over a layer brings its uncompressed tar into the store and gives its index (`dadi/index/build.py`). Callers
+who want a layer that is on its way wait for the same pass; the pass belongs to the origin, not to the first caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+import structlog
+
+from dadi.blobs.disk import DiskBlobs
+from dadi.errors import DigestMismatch, NotFound
+from dadi.fallbacks import Fallbacks
+from dadi.index import build, layer
+from dadi.index.chunks import Blob
+from dadi.index.layer import LayerIndex
+from dadi.oci.manifest import Descriptor
+from dadi.oci.reference import Reference
+from dadi.oci.registry import RegistryClient
+
+log = structlog.get_logger()
+OnProgress = Callable[[int], None]
+"""Called with the compressed bytes that have come so far."""
+
+
+class Origin:
+    """Brings layers into `store`."""
+
+    def __init__(self, store: DiskBlobs, registry: RegistryClient, *, fallbacks: Fallbacks, chunk_size: int,
+                 parallel: int, limits: build.Limits) -> None:  # fmt: skip
+        self._store = store
+        self._registry = registry
+        self._fallbacks = fallbacks
+        self._chunk_size = chunk_size
+        self._limits = limits
+        self._slots = asyncio.Semaphore(parallel)
+        self._passes: dict[str, asyncio.Task[tuple[LayerIndex, Blob]]] = {}
+        self._watchers: dict[str, list[OnProgress]] = {}
+        self.layers = 0
+        self.bytes = 0
+        """Compressed bytes that came from registries."""
+
+    def __repr__(self) -> str:
+        return f"Origin({self.layers} layers, {self.bytes} bytes, {len(self._passes)} under way)"
+
+    async def bring(self, reference: Reference, descriptor: Descriptor, diff_id: str,
+                    on_progress: OnProgress | None = None) -> tuple[LayerIndex, Blob]:  # fmt: skip
+        """Return the layer's index and the blob that the encoded index is; then the layer is in the store.
+
+        Raises what the registry client and the builder raise; StoreFull.
+        """
+        key = descriptor.digest
+        if on_progress:
+            self._watchers.setdefault(key, []).append(on_progress)
+        task = self._passes.get(key)
+        if task is None:
+            task = self._passes[key] = asyncio.create_task(self._pass(reference, descriptor, diff_id))
+            task.add_done_callback(lambda done: self._landed(key, done))
+        return await asyncio.shield(task)
+
+    def _landed(self, key: str, task: asyncio.Task[tuple[LayerIndex, Blob]]) -> None:
+        del self._passes[key]
+        self._watchers.pop(key, None)
+        if not task.cancelled() and task.exception():
+            log.warning("a layer could not be brought", layer=key, why=str(task.exception()))
+
+    async def _pass(self, reference: Reference, descriptor: Descriptor, diff_id: str) -> tuple[LayerIndex, Blob]:
+        async with self._slots:
+            try:
+                index = await self._stream(reference, descriptor, diff_id, mirrors=True)
+            except DigestMismatch as error:
+                self._fallbacks.note("wrong layer, asked the registry itself again", error.message)
+                index = await self._stream(reference, descriptor, diff_id, mirrors=False)
+            blob = await self._store.put(await asyncio.to_thread(layer.encode, index))
+            self.layers += 1
+            self.bytes += descriptor.size
+            log.info("brought a layer", layer=descriptor.digest, bytes=descriptor.size, unpacked=index.table.size,
+                     entries=len(index.entries))  # fmt: skip
+            return index, blob
+
+    async def _stream(
+        self, reference: Reference, descriptor: Descriptor, diff_id: str, *, mirrors: bool
+    ) -> LayerIndex:
+        source = build.LayerSource(descriptor.digest, descriptor.size, descriptor.media_type, diff_id)
+        ingest = self._store.ingest()
+        try:
+            async with contextlib.aclosing(self._registry.blob(reference, descriptor, mirrors=mirrors)) as pieces:
+                index = await build.build(pieces, source, ingest, chunk_size=self._chunk_size, limits=self._limits,
+                                          on_progress=lambda done: self._progress(descriptor.digest, done))  # fmt: skip
+            await self._store.commit(ingest, Blob(index.diff_id, index.table))
+        finally:
+            ingest.abort()
+        return index
+
+    def _progress(self, key: str, done: int) -> None:
+        for watch in self._watchers.get(key, ()):
+            watch(done)
+
+    async def known(self, index_digest: str) -> LayerIndex:
+        """Return the index of a layer that was brought before, from the store; raise NotFound if it is gone."""
+        if not self._store.has(index_digest):
+            raise NotFound(f"the layer index {index_digest} is not here")
+        return await asyncio.to_thread(layer.decode, await self._store.get(index_digest))
+
+    async def close(self) -> None:
+        """Break off what is under way."""
+        for task in list(self._passes.values()):
+            task.cancel()
+        await asyncio.gather(*self._passes.values(), return_exceptions=True)

@@ -1,0 +1,347 @@
+"""A superpeer over real HTTP, with registries that behave (Debian's) and that do not (the fake)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import io
+import tarfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from dadi import http
+from dadi.blobs.disk import DiskBlobs
+from dadi.errors import (
+    AccessDenied,
+    DadiError,
+    DigestMismatch,
+    InvalidRequest,
+    NoSuchPlatform,
+    NotFound,
+    RegistryNotAllowed,
+    Unavailable,
+)
+from dadi.fallbacks import Fallbacks
+from dadi.index import image as image_index
+from dadi.index import layer as layer_index
+from dadi.index.image import ImageIndex
+from dadi.oci.config import RegistryConfig
+from dadi.peers.superpeer import ImageAnswer, SuperpeerClient, image_answer
+from superpeer import app
+from superpeer.config import IndexingConfig, StoreConfig, SuperpeerConfig
+from superpeer.service import Superpeer
+from tests.fakes.registry import FakeRegistry, cut, status
+from tests.lab import images
+from tests.lab.registry import DockerRegistry, available
+
+PLATFORM = "linux/amd64"
+CHUNK = 16 << 10
+
+
+def tar_of(**files: bytes) -> bytes:
+    """Return an uncompressed layer."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+class Running:
+    """A superpeer that serves, and a client of it."""
+
+    def __init__(self, superpeer: Superpeer, url: str) -> None:
+        self.superpeer = superpeer
+        self.url = url
+        self.fallbacks = Fallbacks()
+        self.client = SuperpeerClient([url], self.fallbacks, connect=3, read=10)
+
+    async def image(self, reference: str, platform: str = PLATFORM) -> ImageAnswer:
+        async with contextlib.aclosing(self.client.resolve(reference, platform)) as events:
+            async for event in events:
+                if event["event"] == "image":
+                    return image_answer(event)
+        raise AssertionError("no image event")
+
+    async def index(self, reference: str) -> ImageIndex:
+        answer = await self.image(reference)
+        return image_index.decode(await self.client.whole(answer.index_digest, answer.index_size))
+
+
+@contextlib.asynccontextmanager
+async def running(directory: Path, host: str, **options: object) -> AsyncIterator[Running]:
+    limit = options.pop("limit", 0)
+    config = SuperpeerConfig(
+        state=str(directory),
+        store=StoreConfig(limit=limit),
+        indexing=IndexingConfig(chunk_size=CHUNK),
+        registry=RegistryConfig(allowed=(host,), plain_http=(host,), retries=3, backoff=0.001),
+        **options,
+    )
+    store = DiskBlobs(directory / "store", limit=limit)
+    superpeer = Superpeer(config, store, Fallbacks())
+    await superpeer.start()
+    runner, address = await http.serve_tcp(app.create(superpeer), "127.0.0.1:0")
+    run = Running(superpeer, f"http://{address}")
+    try:
+        yield run
+    finally:
+        await run.client.close()
+        await runner.cleanup()
+        await superpeer.close()
+        await store.close()
+
+
+@pytest.fixture
+async def registry() -> AsyncIterator[FakeRegistry]:
+    async with FakeRegistry() as fake:
+        yield fake
+
+
+@pytest.fixture
+def layers(registry: FakeRegistry) -> list[bytes]:
+    layers = [tar_of(a=b"a" * 50_000, b=b"b" * 10), tar_of(b=bytes(range(256)) * 300)]
+    registry.add_image("team/app", "1", layers)
+    return layers
+
+
+@pytest.mark.skipif(not available(), reason="docker-registry is not installed (scripts/setup does it)")
+@pytest.mark.programs("skopeo")
+async def test_twenty_askers_at_once_cost_the_registry_one_copy(tmp_path: Path) -> None:
+    made = images.synthetic(tmp_path / "oci", layers=4, size=1 << 20, compression=["gzip", "zstd", "none", "fast-gzip"])
+    (tmp_path / "registry").mkdir()
+    with DockerRegistry(tmp_path / "registry") as registry:
+        await asyncio.to_thread(made.push, f"{registry.host}/team/app:1")
+        before = registry.blob_traffic()
+        async with running(tmp_path / "superpeer", registry.host) as run:
+            answers = await asyncio.gather(*(run.image(f"{registry.host}/team/app:1") for _ in range(20)))
+            assert len({answer.index_digest for answer in answers}) == 1
+            index = await run.index(f"{registry.host}/team/app:1")
+            for layer in index.layers:
+                chunks = await run.client.source.read(layer.blob, range(layer.table.count))
+                assert "sha256:" + hashlib.sha256(b"".join(chunks)).hexdigest() == layer.diff_id
+            after = registry.blob_traffic()
+        config = len(index.config)
+        assert after.size - before.size == made.compressed_size + config, "1.0 copies of each layer, and the config"
+        assert [layer.diff_id for layer in index.layers] == [layer.diff_id for layer in made.layers]
+
+
+async def test_the_index_tells_where_each_file_is(tmp_path: Path, registry: FakeRegistry, layers: list[bytes]) -> None:
+    async with running(tmp_path, registry.host) as run:
+        index = await run.index(f"{registry.host}/team/app:1")
+        layer = index.layers[1]
+        entries = layer_index.decode(await run.client.whole(layer.index_digest, layer.index_size)).entries
+        (entry,) = entries
+        assert (entry.path, layers[1][entry.offset : entry.offset + entry.size]) == (b"b", bytes(range(256)) * 300)
+        assert index.devices == (0, 1)
+
+
+async def test_ranges_are_exact(tmp_path: Path, registry: FakeRegistry, layers: list[bytes]) -> None:
+    async with running(tmp_path, registry.host) as run, aiohttp.ClientSession() as session:
+        index = await run.index(f"{registry.host}/team/app:1")
+        url = f"{run.url}/v1/blobs/{index.layers[0].diff_id}"
+        size = len(layers[0])
+        for first, last in [(0, 0), (0, 99), (511, 20_000), (CHUNK - 1, CHUNK), (size - 5, size - 1), (0, size - 1)]:
+            async with session.get(url, headers={"Range": f"bytes={first}-{last}"}) as response:
+                assert response.status == 206
+                assert response.headers["Content-Range"] == f"bytes {first}-{last}/{size}"
+                assert await response.read() == layers[0][first : last + 1]
+        async with session.get(url, headers={"Range": f"bytes={size - 3}-{size + 100}"}) as response:
+            assert (response.status, await response.read()) == (206, layers[0][-3:])
+        async with session.get(url) as response:
+            assert (response.status, await response.read()) == (200, layers[0])
+        async with session.head(url) as response:
+            assert (response.status, int(response.headers["Content-Length"])) == (200, size)
+
+
+@pytest.mark.parametrize(
+    "value", ["bytes=-5", "bytes=5", "bytes=9-2", "bytes=0-1,5-6", "chunks=0-1", "bytes=9999999-"]
+)
+async def test_a_range_that_makes_no_sense_is_refused(
+    tmp_path: Path, registry: FakeRegistry, layers: list[bytes], value: str
+) -> None:
+    async with running(tmp_path, registry.host) as run, aiohttp.ClientSession() as session:
+        index = await run.index(f"{registry.host}/team/app:1")
+        url = f"{run.url}/v1/blobs/{index.layers[0].diff_id}"
+        async with session.get(url, headers={"Range": value}) as response:
+            assert (response.status, await response.read()) == (416, b"")
+            assert response.headers["Content-Range"] == f"bytes */{len(layers[0])}"
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("/v1/blobs/sha256:" + "0" * 64, 404),
+        ("/v1/blobs/sha256:..%2f..%2fetc%2fpasswd", 400),
+        ("/v1/blobs/md5:" + "0" * 32, 400),
+        ("/v1/images", 400),
+        ("/v1/images/../../etc/passwd", 404),
+    ],
+)
+async def test_hostile_paths_are_refused(tmp_path: Path, registry: FakeRegistry, path: str, code: int) -> None:
+    async with running(tmp_path, registry.host) as run, aiohttp.ClientSession() as session:
+        async with session.get(run.url + path) as response:
+            assert response.status == code
+
+
+async def test_what_it_has_is_answered_while_the_registry_is_away_and_said(
+    tmp_path: Path, registry: FakeRegistry, layers: list[bytes]
+) -> None:
+    reference = f"{registry.host}/team/app:1"
+    async with running(tmp_path, registry.host, tag_ttl=0.0) as run:
+        first = await run.image(reference)
+        registry.script("/manifests/", *[status(503)] * 50)
+        second = await run.image(reference)
+        assert second.index_digest == first.index_digest
+        assert [row["kind"] for row in run.superpeer.statistics()["fallbacks"]] == [
+            "registry away, answered from the cache"
+        ]
+        with pytest.raises(Unavailable):
+            await run.image(f"{registry.host}/team/unknown:1")
+
+
+async def test_everything_is_there_after_a_restart_without_the_registry(tmp_path: Path) -> None:
+    async with FakeRegistry() as registry:
+        data = tar_of(a=b"a" * 100_000)
+        registry.add_image("team/app", "1", [data])
+        reference = f"{registry.host}/team/app:1"
+        async with running(tmp_path, registry.host, tag_ttl=0.0) as run:
+            before = await run.index(reference)
+    async with running(tmp_path, registry.host, tag_ttl=0.0) as run:
+        assert await run.index(reference) == before
+        chunks = await run.client.source.read(before.layers[0].blob, range(before.layers[0].table.count))
+        assert b"".join(chunks) == data
+        assert run.superpeer.origin.bytes == 0
+
+
+async def test_a_tag_that_moved_is_found_out_and_shared_layers_are_not_fetched_again(
+    tmp_path: Path, registry: FakeRegistry, layers: list[bytes]
+) -> None:
+    async with running(tmp_path, registry.host, tag_ttl=0.0) as run:
+        old = await run.image(f"{registry.host}/team/app:1")
+        more = tar_of(c=b"c" * 999)
+        registry.add_image("team/app", "1", [*layers, more])
+        before = len(registry.asked("/blobs/"))
+        new = await run.image(f"{registry.host}/team/app:1")
+        assert new.manifest_digest != old.manifest_digest
+        assert len(registry.asked("/blobs/")) - before == 2, "the new layer and the config"
+
+
+async def test_a_tag_is_believed_for_its_time(tmp_path: Path, registry: FakeRegistry, layers: list[bytes]) -> None:
+    async with running(tmp_path, registry.host, tag_ttl=3600.0) as run:
+        await run.image(f"{registry.host}/team/app:1")
+        asked = len(registry.seen)
+        for _ in range(50):
+            await run.image(f"{registry.host}/team/app:1")
+        assert len(registry.seen) == asked
+
+
+async def test_a_layer_that_was_evicted_is_brought_again_and_is_the_same(
+    tmp_path: Path, registry: FakeRegistry, layers: list[bytes]
+) -> None:
+    async with running(tmp_path, registry.host) as run:
+        index = await run.index(f"{registry.host}/team/app:1")
+        assert await run.superpeer.store.remove(index.layers[0].diff_id)
+        chunks = await run.client.source.read(index.layers[0].blob, range(index.layers[0].table.count))
+        assert b"".join(chunks) == layers[0]
+        assert [row["kind"] for row in run.superpeer.statistics()["fallbacks"]] == ["blob was evicted, fetched again"]
+
+
+async def test_a_registry_that_is_not_allowed_is_never_contacted(tmp_path: Path, registry: FakeRegistry) -> None:
+    async with FakeRegistry() as other, running(tmp_path, registry.host) as run:
+        with pytest.raises(RegistryNotAllowed):
+            await run.image(f"{other.host}/team/app:1")
+        assert other.seen == []
+
+
+@pytest.mark.parametrize(
+    ("reference", "platform", "error"),
+    [
+        ("HOST/team/app:none", PLATFORM, NotFound),
+        ("HOST/team/app:1", "linux/s390x", NoSuchPlatform),
+        ("HOST/Team/App:1", PLATFORM, InvalidRequest),
+        ("HOST/team/app:1", "plan9", InvalidRequest),
+    ],
+)
+async def test_what_cannot_be_had_is_told_over_the_wire_as_what_it_is(
+    tmp_path: Path, registry: FakeRegistry, layers: list[bytes], reference: str, platform: str, error: type[DadiError]
+) -> None:
+    async with running(tmp_path, registry.host) as run:
+        with pytest.raises(error) as raised:
+            await run.image(reference.replace("HOST", registry.host), platform)
+        assert type(raised.value) is error
+
+
+async def test_access_denied_is_told(tmp_path: Path) -> None:
+    async with FakeRegistry(auth="basic", user="u", password="p") as registry, running(tmp_path, registry.host) as run:
+        registry.add_image("team/app", "1", [tar_of(a=b"a")])
+        with pytest.raises(AccessDenied):
+            await run.image(f"{registry.host}/team/app:1")
+
+
+async def test_a_wrong_layer_leaves_nothing_behind_and_the_next_try_is_free_to_succeed(
+    tmp_path: Path, registry: FakeRegistry, layers: list[bytes]
+) -> None:
+    digest = "sha256:" + hashlib.sha256(layers[0]).hexdigest()
+    registry.blobs[digest] = layers[0][:600] + b"\xff" + layers[0][601:]
+    async with running(tmp_path, registry.host) as run:
+        with pytest.raises(DigestMismatch):
+            await run.image(f"{registry.host}/team/app:1")
+        assert not run.superpeer.store.has(digest)
+        await run.superpeer.origin.close()  # the other layer may be under way
+        assert list((tmp_path / "store" / "incoming").iterdir()) == []
+        registry.blobs[digest] = layers[0]
+        await run.image(f"{registry.host}/team/app:1")
+        assert run.superpeer.store.has(digest)
+
+
+async def test_a_download_that_is_cut_goes_on_where_it_was(
+    tmp_path: Path, registry: FakeRegistry, layers: list[bytes]
+) -> None:
+    digest = "sha256:" + hashlib.sha256(layers[0]).hexdigest()
+    registry.script(f"/blobs/{digest}", cut(20_000), cut(10_000), method="GET")
+    async with running(tmp_path, registry.host) as run:
+        await run.image(f"{registry.host}/team/app:1")
+    ranges = [seen.headers.get("Range") for seen in registry.asked(f"/blobs/{digest}", "GET")]
+    assert ranges[0] is None
+    assert all(value and value.startswith("bytes=") for value in ranges[1:])
+
+
+async def test_a_store_too_small_says_so(
+    tmp_path: Path, registry: FakeRegistry, layers: list[bytes]
+) -> None:
+    async with running(tmp_path, registry.host, limit=30_000) as run:
+        with pytest.raises(DadiError, match=r"does not fit|limit") as error:
+            await run.image(f"{registry.host}/team/app:1")
+        assert error.value.code == "store-full"
+
+
+async def test_an_asker_that_goes_away_does_not_stop_the_others(
+    tmp_path: Path, registry: FakeRegistry, layers: list[bytes]
+) -> None:
+    async with running(tmp_path, registry.host) as run:
+        impatient = asyncio.create_task(run.image(f"{registry.host}/team/app:1"))
+        patient = asyncio.create_task(run.image(f"{registry.host}/team/app:1"))
+        while not registry.seen:
+            await asyncio.sleep(0.001)
+        impatient.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await impatient
+        assert (await patient).manifest_digest
+
+
+async def test_metrics_and_status_tell_the_same(tmp_path: Path, registry: FakeRegistry, layers: list[bytes]) -> None:
+    async with running(tmp_path, registry.host) as run, aiohttp.ClientSession() as session:
+        await run.image(f"{registry.host}/team/app:1")
+        async with session.get(f"{run.url}/v1/status") as response:
+            shown = await response.json()
+        async with session.get(f"{run.url}/metrics") as response:
+            text = await response.text()
+        assert f"dadi_superpeer_registry_bytes {float(shown['registry_bytes'])}" in text
+        assert shown["registry_bytes"] == sum(map(len, layers))
