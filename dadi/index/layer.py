@@ -40,7 +40,7 @@ class Kind(enum.IntEnum):
     """`path` is the directory whose contents in the layers below are hidden."""
 
 
-class Extent(msgspec.Struct, frozen=True, array_like=True):
+class Extent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A piece of a sparse file: `length` bytes at `file_offset` stand at `tar_offset` in the uncompressed tar."""
 
     file_offset: int
@@ -48,7 +48,7 @@ class Extent(msgspec.Struct, frozen=True, array_like=True):
     length: int
 
 
-class Entry(msgspec.Struct, frozen=True, array_like=True):
+class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One tar member.
 
     `path` is relative to the root, normalised: no leading "/" or "./", no trailing "/", no "." or ".." or empty
