@@ -7,10 +7,13 @@ import os
 import shutil
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.register_profile("dadi", deadline=None)  # a busy machine is no finding
+    hypothesis.settings.load_profile("dadi")
     config.addinivalue_line("markers", "root: needs root, /dev/fuse and loop devices")
     config.addinivalue_line("markers", "programs(*names): needs these programs")
 

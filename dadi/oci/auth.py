@@ -1,0 +1,188 @@
+"""Requests that prove who we are: challenges answered, tokens fetched once, kept, and renewed when they run out.
+
+    1. A request goes out with what is known for (registry, scope); at first that is nothing.
+    2. 401 with a challenge: Basic is answered with the credentials; for Bearer a token is fetched from the realm, with
+       the credentials if there are any, else as anybody.
+    3. 401 or 403 to something that we did show: it may have run out, in the middle of a download too. It is made
+       anew, once; if the registry refuses that as well, it means it.
+    4. A token near its end is renewed before it is used.
+
+However many requests need the same token, it is fetched once, and the fetch outlives the request that began it.
+Challenges count only from the registry itself, never from where it redirects to. ("Docker Registry v2 authentication
+via central service", its OAuth2 variant for identity tokens; RFC 6750, RFC 7617.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import math
+import re
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Mapping
+from functools import partial
+from urllib.parse import urlencode
+
+import msgspec
+
+from dadi.errors import AccessDenied, DadiError, Malformed
+from dadi.oci import challenge as challenges
+from dadi.oci.answer import Answer
+from dadi.oci.challenge import Challenge
+from dadi.oci.credentials import Credentials, CredentialSource
+from dadi.oci.hosts import Hosts
+from dadi.oci.transport import Transport
+
+CLIENT_ID = "dadi"
+_ROUNDS = 2
+"""How often a request is made anew with other proof."""
+_MAX_GRANTS = 1000
+_MAX_TOKEN_ANSWER = 1 << 20
+_DEFAULT_LIFETIME = 60.0
+_TOKEN = re.compile(r"[\x21-\x7e]+")
+
+
+class _TokenAnswer(msgspec.Struct):
+    token: str | None = None
+    access_token: str | None = None
+    expires_in: float | None = None
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Grant:
+    """What is known for one registry and scope."""
+
+    challenge: Challenge | None = None
+    authorization: str | None = None
+    expires: float = math.inf
+    renewal: asyncio.Task[None] | None = None
+
+
+class Authenticator:
+    """A transport that shows what the registry wants to see."""
+
+    def __init__(self, transport: Transport, hosts: Hosts, credentials: CredentialSource) -> None:
+        self._transport = transport
+        self._hosts = hosts
+        self._credentials = credentials
+        self._grants: OrderedDict[tuple[str, str], _Grant] = OrderedDict()
+
+    @contextlib.asynccontextmanager
+    async def open(
+        self, method: str, registry: str, url: str, headers: Mapping[str, str], scope: str
+    ) -> AsyncIterator[Answer]:
+        """Send a request as `Transport.open` does, and prove who we are if `registry` (host[:port]) asks for it.
+
+        `scope` is what the request needs, for example "repository:library/debian:pull". An answer of 401 or 403 means
+        that nothing we have is good enough. Raises AccessDenied if a token or credentials cannot be had.
+        """
+        grant = self._grant((registry, scope))
+        fresh = False
+        for round_ in range(_ROUNDS + 1):
+            if grant.challenge and self._transport.clock.monotonic() >= grant.expires:
+                fresh = await self._renew(grant, registry, scope, grant.authorization)
+            shown = grant.authorization
+            async with self._transport.open(method, url, headers, authorization=shown) as answer:
+                # New proof helps against 401 ("who are you?"), and against 403 only if the old proof may have run out.
+                refused = answer.status == 401 or (answer.status == 403 and shown is not None and not fresh)
+                if refused and answer.at_home and round_ < _ROUNDS:
+                    asked = challenges.choose(challenges.parse(answer.headers.getall("WWW-Authenticate", ())))
+                    grant.challenge = asked or grant.challenge
+                    if grant.challenge and await self._renew(grant, registry, scope, shown):
+                        fresh = True
+                        continue
+                yield answer
+                return
+
+    async def close(self) -> None:
+        """Stop fetching tokens."""
+        renewals = [grant.renewal for grant in self._grants.values() if grant.renewal]
+        for renewal in renewals:
+            renewal.cancel()
+        await asyncio.gather(*renewals, return_exceptions=True)
+
+    def _grant(self, key: tuple[str, str]) -> _Grant:
+        grant = self._grants.setdefault(key, _Grant())
+        self._grants.move_to_end(key)
+        if len(self._grants) > _MAX_GRANTS:
+            self._grants.popitem(last=False)
+        return grant
+
+    async def _renew(self, grant: _Grant, registry: str, scope: str, rejected: str | None) -> bool:
+        """Make the grant's authorization anew, once for all who wait; return whether it is another than `rejected`."""
+        if grant.authorization is not None and grant.authorization != rejected:
+            return True
+        if grant.renewal is None:
+            grant.renewal = asyncio.create_task(self._obtain(grant, registry, scope))
+            grant.renewal.add_done_callback(partial(_landed, grant))
+        await asyncio.shield(grant.renewal)
+        return grant.authorization != rejected
+
+    async def _obtain(self, grant: _Grant, registry: str, scope: str) -> None:
+        assert grant.challenge is not None
+        credentials = await self._credentials.get(registry)
+        began = self._transport.clock.monotonic()
+        if credentials is not None and credentials.registry_token:
+            grant.authorization, grant.expires = f"Bearer {credentials.registry_token}", math.inf
+        elif grant.challenge.scheme == "bearer":
+            token, lifetime = await self._fetch_token(registry, grant.challenge.params, scope, credentials)
+            grant.authorization = f"Bearer {token}"
+            grant.expires = began + lifetime - min(10.0, lifetime / 10)
+        elif credentials is not None and credentials.username:
+            grant.authorization, grant.expires = credentials.basic, math.inf
+        else:
+            raise AccessDenied(
+                f"{registry} wants a user name and a password, and there are none",
+                hint=f"log in to it with `docker login {registry}`",
+            )
+
+    async def _fetch_token(
+        self, registry: str, params: Mapping[str, str], scope: str, credentials: Credentials | None
+    ) -> tuple[str, float]:
+        """Return a token for the challenge's scope (ours if it names none), and its lifetime in seconds."""
+        realm = self._hosts.realm(registry, params.get("realm", ""))
+        fields = {"service": params.get("service", ""), "scope": params.get("scope") or scope}
+        fields = {name: value for name, value in fields.items() if value}
+        headers: dict[str, str] = {}
+        authorization = form = None
+        if credentials is not None and credentials.identity_token:
+            secret = credentials.identity_token
+            form = {"grant_type": "refresh_token", "refresh_token": secret, "client_id": CLIENT_ID, **fields}
+        else:
+            authorization = credentials.basic if credentials is not None and credentials.username else None
+            realm += ("&" if "?" in realm else "?") + urlencode(fields)
+        method = "GET" if form is None else "POST"
+        what = f"a token for {registry}"
+        self._transport.counters.tokens += 1
+        async with self._transport.open(
+            method, realm, headers, authorization=authorization, form=form, follow=False
+        ) as answer:
+            if answer.status != 200:
+                raise await self._refused(answer, registry, what, credentials)
+            body = await answer.body(_MAX_TOKEN_ANSWER, what)
+        try:
+            found = msgspec.json.decode(body, type=_TokenAnswer)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            raise Malformed(f"{what}: {answer.host} answers something that is not a token") from None
+        token = found.token or found.access_token or ""
+        if not _TOKEN.fullmatch(token):
+            raise Malformed(f"{what}: {answer.host} answers something that is not a token")
+        lifetime = found.expires_in
+        return token, lifetime if lifetime is not None and 0 < lifetime < math.inf else _DEFAULT_LIFETIME
+
+    async def _refused(self, answer: Answer, registry: str, what: str, credentials: Credentials | None) -> DadiError:
+        if answer.status in (400, 401, 403):
+            if credentials is None:
+                hint = f"log in with `docker login {registry}`, or check that the name is right"
+            else:
+                hint = f"the credentials for {registry} may be wrong or have run out: `docker login {registry}`"
+            return AccessDenied(f"{what}: {answer.host} refuses one ({answer.status})", hint=hint)
+        return await answer.error(what, registry)
+
+
+def _landed(grant: _Grant, task: asyncio.Task[None]) -> None:
+    """Forget the renewal, and look at its exception: whoever waited for it may be gone."""
+    grant.renewal = None
+    if not task.cancelled():
+        task.exception()
