@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Literal
 
 import structlog
 
+LogLevel = Literal["debug", "info", "warning", "error"]
 
-def configure(level: str = "info", json: bool = False) -> None:
+
+def configure(level: LogLevel = "info", json: bool = False) -> None:
     """Set the process's logging up. Call once, in a program's `main`."""
     render: structlog.types.Processor = (
         structlog.processors.JSONRenderer() if json else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())

@@ -7,7 +7,9 @@ from typing import Annotated
 import msgspec
 
 from dadi.config import SECONDS, SIZE, described
-from dadi.index.chunks import DEFAULT_CHUNK_SIZE
+from dadi.errors import Malformed
+from dadi.index.chunks import DEFAULT_CHUNK_SIZE, ChunkTable
+from dadi.log import LogLevel
 from dadi.oci.config import RegistryConfig
 
 
@@ -30,6 +32,12 @@ class IndexingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         256 << 30
     )
 
+    def __post_init__(self) -> None:
+        try:
+            ChunkTable(0, self.chunk_size, b"").check()
+        except Malformed as error:
+            raise ValueError(error.message) from None
+
 
 class SuperpeerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file."""
@@ -39,7 +47,7 @@ class SuperpeerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tag_ttl: Annotated[
         float, described("how long a tag is believed without asking the registry", SECONDS, at_least=0)
     ] = 60.0
-    log_level: Annotated[str, described("debug, info, warning or error")] = "info"
+    log_level: Annotated[LogLevel, described("debug, info, warning or error")] = "info"
     log_json: Annotated[bool, described("true: one JSON object a line; false: for people")] = False
     store: Annotated[StoreConfig, described("the blob store")] = StoreConfig()
     indexing: Annotated[IndexingConfig, described("indexing on first sight")] = IndexingConfig()

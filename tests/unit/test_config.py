@@ -66,6 +66,7 @@ def test_units_and_sections_are_read(tmp_path: Path) -> None:
         ("[store]\nlimit = -1", "store.limit"),
         ('[store]\nlimit = "20 elephants"', "20 elephants"),
         ("this is not toml", "not TOML"),
+        ("log_level = 'loud'", "log_level"),
         ("[registry]\nretries = -4", "retries"),
     ],
 )
@@ -73,6 +74,11 @@ def test_what_cannot_be_used_is_refused_with_its_name_and_file(tmp_path: Path, t
     with pytest.raises(ConfigError, match=said) as error:
         load(tmp_path, text)
     assert "dadi.toml" in str(error.value)
+
+
+def test_a_chunk_size_that_is_no_power_of_two_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="power of two"):
+        load(tmp_path, "[indexing]\nchunk_size = 300000", SuperpeerConfig)
 
 
 def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
