@@ -95,7 +95,7 @@ def decode(data: bytes) -> ImageIndex:
             for digest in (layer.layer_digest, layer.diff_id, layer.index_digest):
                 digests.parse(digest)
             layer.table.check()
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(f"not an image index: {error}") from None
     except DadiError as error:
         if isinstance(error, Unsupported | Malformed):

@@ -106,7 +106,7 @@ def decode(data: bytes) -> LayerIndex:
         raise Malformed("not a layer index: wrong magic")
     try:
         index = _decoder.decode(memoryview(data)[len(MAGIC) :])
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(f"not a layer index: {error}") from None
     if index.version != VERSION:
         raise Unsupported(f"a layer index of version {index.version}; this dadi knows version {VERSION}")

@@ -52,7 +52,7 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     superpeers: Annotated[tuple[str, ...], described("URLs; none: this process embeds a superpeer of its own")] = ()
     platform: Annotated[str, described("what images are mounted for; empty: this machine's")] = ""
     unmount_on_stop: Annotated[bool, described("true: a stop unmounts all; false: images that are local stay")] = False
-    fuse_threads: Annotated[int, described("threads that answer the kernel's reads", at_least=1)] = 2
+    fuse_threads: Annotated[int, described("threads that answer the kernel's reads; one is fastest", at_least=1)] = 1
     log_level: Annotated[LogLevel, described("debug, info, warning or error")] = "info"
     log_json: Annotated[bool, described("true: one JSON object a line; false: for people")] = False
     store: Annotated[StoreConfig, described("the blob store")] = StoreConfig()

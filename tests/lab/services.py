@@ -57,7 +57,7 @@ class Running:
 
 @contextlib.asynccontextmanager
 async def running(directory: Path, host: str, **options: object) -> AsyncIterator[Running]:
-    limit = options.pop("limit", 0)
+    limit, port = options.pop("limit", 0), options.pop("port", 0)
     config = SuperpeerConfig(
         state=str(directory),
         store=StoreConfig(limit=limit),
@@ -68,7 +68,7 @@ async def running(directory: Path, host: str, **options: object) -> AsyncIterato
     store = DiskBlobs(directory / "store", limit=limit)
     superpeer = Superpeer(config, store, Fallbacks())
     await superpeer.start()
-    runner, address = await http.serve_tcp(app.create(superpeer), "127.0.0.1:0")
+    runner, address = await http.serve_tcp(app.create(superpeer), f"127.0.0.1:{port}")
     run = Running(superpeer, f"http://{address}")
     try:
         yield run

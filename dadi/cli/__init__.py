@@ -1,0 +1,1 @@
+"""The command line, `dadi`: one file a verb; `main.py` puts them together."""

@@ -1,0 +1,5 @@
+"""`python -m dadi.cli`: the same as `dadi`."""
+
+from dadi.cli.main import main
+
+main()

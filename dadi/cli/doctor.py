@@ -1,0 +1,30 @@
+"""`dadi doctor`: what this machine has and lacks."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+import msgspec
+from rich.table import Table
+
+from dadi.cli import show
+from dadi.cli.client import as_json
+from dadi.node import kernel
+
+
+@click.command()
+@as_json
+def doctor(as_json: bool) -> None:
+    """Check whether this machine has what dadi-node needs. Exit status 1 if something is lacking."""
+    rows = kernel.probe()
+    if as_json:
+        click.echo(msgspec.json.encode([
+            {"name": row.name, "ok": row.ok, "detail": row.detail, "hint": row.hint} for row in rows
+        ]))  # fmt: skip
+    else:
+        table = Table("", "what", "found", "what to do", box=None, header_style="bold")
+        for row in rows:
+            table.add_row("ok" if row.ok else "LACKS", row.name, row.detail, "" if row.ok else row.hint)
+        show.console.print(table)
+    sys.exit(0 if all(row.ok for row in rows) else 1)

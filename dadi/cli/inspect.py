@@ -1,0 +1,85 @@
+"""`dadi inspect`: what an image is made of, per layer and per file."""
+
+from __future__ import annotations
+
+import stat
+from typing import Any
+
+import click
+import msgspec
+from rich.table import Table
+
+from dadi.cli import show
+from dadi.cli.client import NodeClient, as_json, node_socket, platform_option, run
+
+_LETTERS = {"file": "-", "directory": "d", "symlink": "l", "hardlink": "h", "character": "c", "block": "b", "fifo": "p",
+            "whiteout": "w", "opaque": "o"}  # fmt: skip
+
+
+@click.command()
+@click.argument("image")
+@click.option("--layers", is_flag=True, help="Show the layers (always part of --json).")
+@click.option("--files", is_flag=True, help="Show each file's path, and its offset and length in the uncompressed tar.")
+@platform_option
+@node_socket
+@as_json
+def inspect(image: str, layers: bool, files: bool, platform: str, node_socket: str, as_json: bool) -> None:
+    """Show what IMAGE is made of: sizes, layers, files.
+
+    Asks the superpeer; an image that it has not seen yet is indexed for that. With --files each line is: type and
+    mode, owner, length, offset in the layer's uncompressed tar, path.
+    """
+    run(_inspect(image, layers, files, platform, node_socket, as_json))
+
+
+async def _inspect(image: str, layers: bool, files: bool, platform: str, node_socket: str, as_json: bool) -> None:
+    parameters = {"image": image, "platform": platform, "files": "1" if files else "0"}
+    about: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    with show.LongWork(f"inspecting {image}", quiet=as_json) as progress:
+        async with NodeClient(node_socket) as node:
+            async for event in node.events("GET", "/v1/inspect", params=parameters):
+                kind = event.pop("event")
+                if kind == "progress":
+                    progress.event(event)
+                elif kind == "image":
+                    about = event
+                elif kind == "layer":
+                    rows.append({**event, "entries": []} if files else event)
+                elif kind == "files":
+                    rows[event["layer"]]["entries"] += event["files"]
+    if as_json:
+        click.echo(msgspec.json.encode({**about, "layers": rows}))
+        return
+    _about(about)
+    if layers or files:
+        _layers(rows)
+    for row in rows if files else ():
+        click.echo(f"\nlayer {row['number']} {row['digest']}")
+        for entry in row["entries"]:
+            click.echo(_line(entry))
+
+
+def _about(about: dict[str, Any]) -> None:
+    click.echo(f"{about['reference']} for {about['platform']}\n"
+               f"manifest   {about['manifest_digest']}\n"
+               f"layers     {about['layers']}: {show.size(about['compressed_bytes'])}, "
+               f"unpacked {show.size(about['unpacked_bytes'])}\n"
+               f"metadata   {show.size(about['metadata_bytes'])}, all that must be there before it starts")  # fmt: skip
+
+
+def _layers(rows: list[dict[str, Any]]) -> None:
+    table = Table("", "layer", "size", "unpacked", "files", "chunks", "index", "device", box=None, header_style="bold")
+    for row in rows:
+        device = str(row["device"]) if row["device"] else "not needed"
+        table.add_row(str(row["number"]), row["digest"][7:19], show.size(row["compressed_bytes"]),
+                      show.size(row["unpacked_bytes"]), str(row["files"]), str(row["chunks"]),
+                      show.size(row["index_bytes"]), device)  # fmt: skip
+    show.console.print(table)
+
+
+def _line(entry: dict[str, Any]) -> str:
+    mode = _LETTERS[entry["type"]] + stat.filemode(entry["mode"])[1:]
+    offset = str(entry["offset"]) if "offset" in entry else ("sparse" if "extents" in entry else "-")
+    arrow = f" -> {entry['target']}" if "target" in entry else ""
+    return f"{mode} {entry['uid']}:{entry['gid']} {entry['size']:>12} {offset:>12} {entry['path'] or '.'}{arrow}"

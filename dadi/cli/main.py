@@ -1,0 +1,42 @@
+"""`dadi`: the group of verbs, and the one place where an error becomes a sentence and exit status 1."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from dadi import __version__
+from dadi.cli.doctor import doctor
+from dadi.cli.inspect import inspect
+from dadi.cli.mount import mount, umount
+from dadi.cli.status import status
+from dadi.errors import DadiError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="dadi")
+def cli() -> None:
+    """Container images that start before they are there.
+
+    Talks to the node daemon (dadi-node) of this machine.
+    """
+
+
+for verb in (mount, umount, status, inspect, doctor):
+    cli.add_command(verb)
+
+
+def main() -> None:
+    """Run the command line; the console script."""
+    try:
+        cli(prog_name="dadi")
+    except DadiError as error:
+        click.echo(f"dadi: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

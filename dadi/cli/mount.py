@@ -1,0 +1,64 @@
+"""`dadi mount` and `dadi umount`."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import click
+import msgspec
+
+from dadi.cli import show
+from dadi.cli.client import NodeClient, as_json, node_socket, platform_option, run
+
+
+@click.command()
+@click.argument("image")
+@click.argument("directory", type=click.Path(file_okay=False))
+@platform_option
+@node_socket
+@as_json
+def mount(image: str, directory: str, platform: str, node_socket: str, as_json: bool) -> None:
+    """Mount IMAGE read-only at DIRECTORY, without waiting for its bytes.
+
+    IMAGE is a reference such as registry.example/team/app:1.2 or docker.io/library/debian:12. The node fetches the
+    image's metadata; file contents come when they are read, and the rest is fetched in the background.
+    """
+    run(_mount(image, os.path.abspath(directory), platform, node_socket, as_json))
+
+
+async def _mount(image: str, directory: str, platform: str, node_socket: str, as_json: bool) -> None:
+    begin = time.monotonic()
+    row: dict[str, Any] = {}
+    body = msgspec.json.encode({"image": image, "directory": directory, "platform": platform})
+    with show.LongWork(f"mounting {image}", quiet=as_json) as progress:
+        async with NodeClient(node_socket) as node:
+            async for event in node.events("POST", "/v1/mounts", data=body):
+                if event.get("event") == "mounted":
+                    row = event
+                else:
+                    progress.event(event)
+    seconds = time.monotonic() - begin
+    if as_json:
+        row.pop("event", None)
+        click.echo(msgspec.json.encode({**row, "seconds": round(seconds, 3)}))
+    else:
+        present, total = row["bytes_present"], row["bytes"]
+        click.echo(f"{row['reference']} is mounted at {row['directory']} after {seconds:.2f} s: {row['state']}, "
+                   f"{show.size(present)} of {show.size(total)} are here")  # fmt: skip
+
+
+@click.command()
+@click.argument("directory", type=click.Path())
+@click.option("--force", is_flag=True, help="Also while it is in use: waiting reads fail, the mount is detached.")
+@node_socket
+def umount(directory: str, force: bool, node_socket: str) -> None:
+    """Unmount the image at DIRECTORY."""
+    run(_umount(os.path.abspath(directory), force, node_socket))
+
+
+async def _umount(directory: str, force: bool, node_socket: str) -> None:
+    async with NodeClient(node_socket) as node:
+        parameters = {"directory": directory, "force": "1" if force else "0"}
+        await node.call("DELETE", "/v1/mounts", params=parameters)

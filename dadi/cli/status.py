@@ -1,0 +1,73 @@
+"""`dadi status`: what is mounted, how much of it is here, who served the reads, and what fell back."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+import msgspec
+from rich.table import Table
+
+from dadi.cli import show
+from dadi.cli.client import NodeClient, as_json, node_socket, run
+
+
+@click.command()
+@click.option("--devices", is_flag=True, help="Also show each image's block devices.")
+@node_socket
+@as_json
+def status(devices: bool, node_socket: str, as_json: bool) -> None:
+    """Show images, bytes present of bytes in all, who served the reads, and what fell back and why.
+
+    An image is "lazy" while some of its bytes are still to come, "local" when its devices are plain local files (the
+    daemon is then not in the path of its reads), "broken" when what came is not what its digest says.
+    """
+    run(_status(devices, node_socket, as_json))
+
+
+async def _status(devices: bool, node_socket: str, as_json: bool) -> None:
+    async with NodeClient(node_socket) as node:
+        answer = await node.call("GET", "/v1/status")
+    if as_json:
+        click.echo(msgspec.json.encode(answer))
+        return
+    _mounts(answer["mounts"], devices)
+    _traffic(answer)
+    _fallbacks(answer["fallbacks"])
+
+
+def _mounts(mounts: list[dict[str, Any]], devices: bool) -> None:
+    if not mounts:
+        click.echo("no image is mounted")
+        return
+    table = Table("image", "mounted at", "state", "present", "of", "", box=None, header_style="bold")
+    for row in mounts:
+        present, total = row["bytes_present"], row["bytes"]
+        table.add_row(row["reference"], row["directory"], row["state"], show.size(present), show.size(total),
+                      show.share(present, total))  # fmt: skip
+        for device in row["devices"] if devices else ():
+            table.add_row(f"  {device['blob'][7:19]}", device["device"] or "-", device["error"] or device["state"],
+                          show.size(device["bytes_present"]), show.size(device["bytes"]),
+                          show.share(device["bytes_present"], device["bytes"]))  # fmt: skip
+    show.console.print(table)
+
+
+def _traffic(answer: dict[str, Any]) -> None:
+    reads, store = answer["reads"], answer["store"]
+    click.echo(f"\nreads by the kernel: {reads['hits']} answered from the store, {reads['misses']} had to be fetched, "
+               f"{answer['waiting']['reads']} waiting, {reads['errors']} failed")  # fmt: skip
+    for source in answer["sources"]:
+        wrong = f", {source['wrong']} wrong (thrown away)" if source["wrong"] else ""
+        click.echo(f"from {source['name']}: {show.size(source['bytes'])}{wrong}")
+    limit = f" of at most {show.size(store['limit'])}" if store["limit"] else ""
+    click.echo(f"store: {show.size(store['bytes'])}{limit} in {store['blobs']} blobs; "
+               f"backfill: {answer['backfill']['state']}")  # fmt: skip
+
+
+def _fallbacks(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        click.echo("nothing fell back")
+    for row in rows:
+        ago = max(0, int(time.time() - row["last"]))
+        click.echo(f"fell back: {row['kind']}, {row['count']} times, last {ago} s ago: {row['why']}")

@@ -1,0 +1,144 @@
+"""The node's control socket: HTTP on RUN/node.sock, for our own user only. Routes and translation; no decisions.
+
+    GET    /healthz
+    GET    /metrics                                     Prometheus
+    GET    /v1/status                                   JSON, see `Node.statistics`
+    POST   /v1/mounts {image, directory, platform}      events: "progress" …, "mounted" (a row of the status), "done"
+    DELETE /v1/mounts?directory=D[&force=1]             {}
+    GET    /v1/inspect?image=I[&platform=P][&files=1]   events: "progress" …, "image", "layer" …, each followed by its
+                                                        "files" (at most 1,000 an event), "done"
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+import msgspec
+from aiohttp import web
+
+from dadi import http, metrics
+from dadi.errors import InvalidRequest, Malformed
+from dadi.index import layer as layer_index
+from dadi.index.image import ImageIndex
+from dadi.index.layer import Entry, Kind
+from dadi.node.node import Node
+from dadi.peers.superpeer import image_answer
+
+_FILES_PER_EVENT = 1000
+
+
+class MountRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of `POST /v1/mounts`."""
+
+    image: Annotated[str, msgspec.Meta(max_length=1024)]
+    directory: Annotated[str, msgspec.Meta(max_length=4096)]
+    platform: Annotated[str, msgspec.Meta(max_length=100)] = ""
+
+
+def create(node: Node) -> web.Application:
+    """Return the application for a node that has been started."""
+    app = http.application()
+
+    async def healthz(request: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def status(request: web.Request) -> web.Response:
+        return web.json_response(node.statistics())
+
+    async def mount(request: web.Request) -> web.StreamResponse:
+        try:
+            body = msgspec.json.decode(await request.read(), type=MountRequest)
+        except msgspec.MsgspecError as error:
+            raise InvalidRequest(f"not a mount request: {error}") from None
+        work = node.mounts.mount(body.image, normalized(body.directory), body.platform or node.platform)
+        return await http.stream_events(request, work)
+
+    async def unmount(request: web.Request) -> web.Response:
+        directory = request.query.get("directory", "")
+        await node.mounts.unmount(normalized(directory), force=request.query.get("force") == "1")
+        return web.json_response({})
+
+    async def inspect(request: web.Request) -> web.StreamResponse:
+        image = request.query.get("image")
+        if not image:
+            raise InvalidRequest("image must be given")
+        platform = request.query.get("platform") or node.platform
+        return await http.stream_events(request, inspecting(node, image, platform, request.query.get("files") == "1"))
+
+    app.router.add_get("/healthz", healthz)
+    app.router.add_get("/metrics", metrics.handler("dadi_node", node.statistics))
+    app.router.add_get("/v1/status", status)
+    app.router.add_post("/v1/mounts", mount)
+    app.router.add_delete("/v1/mounts", unmount)
+    app.router.add_get("/v1/inspect", inspect)
+    return app
+
+
+def normalized(directory: str) -> str:
+    """Return an absolute path without "..", "//" and the like; raise InvalidRequest for another."""
+    if not os.path.isabs(directory):
+        raise InvalidRequest(f"{directory!r} is not an absolute path")
+    return os.path.normpath(directory)
+
+
+async def inspecting(node: Node, image: str, platform: str, files: bool) -> AsyncIterator[http.Event]:
+    """Yield the events of `GET /v1/inspect`."""
+    answer = None
+    async for event in node.upstream.resolve(image, platform):
+        if event.get("event") == "image":
+            answer = image_answer(event)
+        else:
+            yield event
+    if answer is None:
+        raise Malformed(f"the superpeer did not say what {image} is")
+    index = await node.mounts.index(answer)
+    yield {"event": "image", **msgspec.structs.asdict(answer), "config_digest": index.config_digest,
+           "compressed_bytes": index.layers_size, "unpacked_bytes": index.unpacked_size,
+           "metadata_bytes": index.metadata.size, "layers": len(index.layers)}  # fmt: skip
+    for number in range(len(index.layers)):
+        async for event in _layer(node, index, number, files):
+            yield event
+
+
+async def _layer(node: Node, index: ImageIndex, number: int, files: bool) -> AsyncIterator[http.Event]:
+    layer = index.layers[number]
+    data = await node.upstream.whole(layer.index_digest, layer.index_size)
+    entries = (await asyncio.to_thread(layer_index.decode, data)).entries
+    yield {
+        "event": "layer",
+        "number": number,
+        "digest": layer.layer_digest,
+        "media_type": layer.media_type,
+        "compressed_bytes": layer.layer_size,
+        "diff_id": layer.diff_id,
+        "unpacked_bytes": layer.table.size,
+        "files": len(entries),
+        "chunks": layer.table.count,
+        "chunk_size": layer.table.chunk_size,
+        "index_bytes": layer.index_size,
+        "device": index.devices.index(number) + 1 if number in index.devices else None,
+    }
+    if files:
+        for at in range(0, len(entries), _FILES_PER_EVENT):
+            rows = [_file(entry) for entry in entries[at : at + _FILES_PER_EVENT]]
+            yield {"event": "files", "layer": number, "files": rows}
+
+
+def _file(entry: Entry) -> dict[str, Any]:
+    """Return a tar member as JSON; bytes of names that are not UTF-8 are shown as \\xNN."""
+    row: dict[str, Any] = {"path": _text(entry.path), "type": Kind(entry.kind).name.lower(), "mode": entry.mode}
+    row |= {"uid": entry.uid, "gid": entry.gid, "mtime_ns": entry.mtime, "size": entry.size}
+    if entry.kind is Kind.FILE:
+        row |= {"offset": entry.offset, "length": entry.size}
+    if entry.target:
+        row["target"] = _text(entry.target)
+    if entry.extents:
+        row["extents"] = [[e.file_offset, e.tar_offset, e.length] for e in entry.extents]
+    return row
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "backslashreplace")

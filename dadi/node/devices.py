@@ -1,0 +1,213 @@
+"""Block devices over blobs: one per blob and node, shared by all images that have the layer.
+
+    life cycle   LAZY ──complete──► LOCAL        a loop device over a file in our FUSE mount; then over the store's file
+                 LAZY ──lied──────► BROKEN       all chunks matched the table, the whole not its digest: reads fail
+
+A blob that is complete when it is attached is LOCAL from the start, and then our process is never in its read path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+from pathlib import Path
+from typing import Any
+
+import structlog
+from fuse.session import Session
+
+from dadi.blobs.chain import Chain
+from dadi.blobs.disk import DeviceFile, DiskBlobs
+from dadi.errors import DadiError, DigestMismatch
+from dadi.fallbacks import Fallbacks
+from dadi.index.chunks import Blob
+from dadi.node import loop
+from dadi.node.demand import Demand
+
+log = structlog.get_logger()
+
+
+class DeviceState(enum.Enum):
+    """See the head of this file."""
+
+    LAZY = "lazy"
+    LOCAL = "local"
+    BROKEN = "broken"
+
+
+class LazyFile:
+    """A blob as a file of the FUSE mount (see `fuse.device.BackedFile`): hits from `fd`, misses by `read`."""
+
+    def __init__(self, file: DeviceFile, chain: Chain, demand: Demand) -> None:
+        self.blob = file.blob
+        self.name = file.blob.digest[7:]
+        self.size = file.size
+        self.fd = file.fd
+        self.present = file.present
+        self.chunk_shift = file.chunk_shift
+        self.failed: DadiError | None = None
+        self._chain = chain
+        self._demand = demand
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Return the bytes [offset, offset + length) of the padded file, fetching what is not here."""
+        if self.failed:
+            raise self.failed
+        length = min(length, self.size - offset)
+        table = self.blob.table
+        chunks = table.covering(offset, length)
+        if not chunks:
+            return bytes(length)  # in the padding behind the blob's end
+        with self._demand.waiting():
+            parts = await self._chain.read(self.blob, chunks)
+        if self.failed:
+            raise self.failed
+        skip = offset - chunks.start * table.chunk_size
+        data = parts[0][skip : skip + length] if len(parts) == 1 else b"".join(parts)[skip : skip + length]
+        return data.ljust(length, b"\0")  # the padding, if the read goes beyond the blob's end
+
+
+class Device:
+    """One blob's loop device; made and ended by `Devices` only."""
+
+    def __init__(self, blob: Blob) -> None:
+        self.blob = blob
+        self.state = DeviceState.LAZY
+        self.users = 0
+        self.error: str | None = None
+        self.lazy_file: LazyFile | None = None
+        self.loop: loop.LoopDevice | None = None
+        self.resources = contextlib.ExitStack()
+
+    def __repr__(self) -> str:
+        return f"Device({self.blob!r}, {self.state.value}, {self.path}, {self.users} users)"
+
+    @property
+    def path(self) -> str:
+        """/dev/loopN."""
+        return self.loop.path if self.loop else "-"
+
+
+class Devices:
+    """All devices of this node."""
+
+    def __init__(self, store: DiskBlobs, chain: Chain, session: Session, demand: Demand, fallbacks: Fallbacks) -> None:
+        self._store = store
+        self._chain = chain
+        self._session = session
+        self._demand = demand
+        self._fallbacks = fallbacks
+        self._devices: dict[str, Device] = {}
+        self._changing = asyncio.Lock()
+
+    def __repr__(self) -> str:
+        return f"Devices({len(self._devices)}, {len(self.lazy())} lazy)"
+
+    def lazy(self) -> list[Device]:
+        """Return the devices whose blobs are not complete yet, in the order they were attached."""
+        return [device for device in self._devices.values() if device.state is DeviceState.LAZY]
+
+    def all(self) -> list[Device]:
+        """Return every device."""
+        return list(self._devices.values())
+
+    async def acquire(self, blob: Blob, *, adopt: str | None = None) -> Device:
+        """Return the blob's device, attached; pair with `release`.
+
+        `adopt` names a loop device of an earlier process that is over this blob's complete file.
+        """
+        async with self._changing:
+            device = self._devices.get(blob.digest)
+            if device is None:
+                device = Device(blob)
+                try:
+                    await self._attach(device, adopt)
+                except BaseException:
+                    await asyncio.to_thread(self._end, device)
+                    raise
+                self._devices[blob.digest] = device
+            device.users += 1
+            return device
+
+    async def _attach(self, device: Device, adopt: str | None) -> None:
+        blob = device.blob
+        await self._store.prepare(blob)
+        file = device.resources.enter_context(self._store.open_device(blob))
+        if self._store.has(blob.digest):
+            device.state = DeviceState.LOCAL
+            open_loop = loop.adopt if adopt else loop.attach
+            device.loop = await asyncio.to_thread(open_loop, adopt or str(file.path))
+            return
+        device.lazy_file = LazyFile(file, self._chain, self._demand)
+        self._session.add(device.lazy_file)
+        path = Path(self._session.directory) / device.lazy_file.name
+        device.loop = await asyncio.to_thread(loop.attach, str(path))
+
+    async def release(self, device: Device) -> None:
+        """Give a device back; the last user's release ends it."""
+        async with self._changing:
+            device.users -= 1
+            if device.users == 0:
+                del self._devices[device.blob.digest]
+                await asyncio.to_thread(self._end, device)
+
+    def _end(self, device: Device) -> None:
+        if device.loop:
+            device.loop.close()
+        if device.lazy_file:
+            self._session.remove(device.lazy_file.name)
+        device.resources.close()
+
+    def abort(self, device: Device) -> None:
+        """Fail the reads that wait for this device, and those to come, unless another image uses it too."""
+        if device.lazy_file and device.users == 1:
+            self._session.abort(device.lazy_file.name)
+
+    async def complete(self, device: Device) -> None:
+        """Verify a blob whose chunks are all here as a whole, and re-point its device to the local file.
+
+        A blob that is not what its digest says makes the device BROKEN. Raises NotFound if chunks are missing.
+        """
+        if device.state is not DeviceState.LAZY:
+            return
+        try:
+            await self._store.finish(device.blob)
+        except DigestMismatch as error:
+            device.state = DeviceState.BROKEN
+            device.error = error.message
+            if device.lazy_file:
+                device.lazy_file.failed = error
+            log.error("a device is broken", device=device.path, blob=device.blob.digest, why=str(error))
+            return
+        async with self._changing:
+            if device.loop is None or not device.users:
+                return
+            path = self._store.data_path(device.blob)
+            try:
+                await asyncio.to_thread(device.loop.swap, str(path))
+            except DadiError as error:
+                # All bytes are here, so reads are hits; only our process stays in their way.
+                self._fallbacks.note("device not swapped to the local file", f"{device.path}: {error.message}")
+                device.error = error.message
+                return
+            device.state = DeviceState.LOCAL
+            if device.lazy_file:
+                await asyncio.to_thread(self._session.remove, device.lazy_file.name)
+                device.lazy_file = None
+        log.info("local: no longer in the read path", device=device.path, blob=device.blob.digest)
+
+    def rows(self, blobs: list[Blob]) -> list[dict[str, Any]]:
+        """Return what `dadi status` shows of the devices of an image."""
+        rows = []
+        for blob in blobs:
+            device = self._devices.get(blob.digest)
+            rows.append({
+                "blob": blob.digest,
+                "bytes": blob.size,
+                "bytes_present": self._store.present_bytes(blob),
+                "state": device.state.value if device else "detached",
+                "device": device.path if device else None,
+                "error": device.error if device else None,
+            })  # fmt: skip
+        return rows

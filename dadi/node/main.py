@@ -1,0 +1,46 @@
+"""`dadi-node`: the process. Starts the node, serves its control socket until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import structlog
+
+from dadi import http, program
+from dadi.node import control
+from dadi.node.config import NodeConfig
+from dadi.node.node import Node
+
+log = structlog.get_logger()
+_SWITCH_INTERVAL = 0.0005
+"""Seconds until a thread that wants the interpreter gets it: with Python's 5 ms a hit would wait that long for the GIL
+while the event loop is busy."""
+
+
+async def serve(config: NodeConfig, stop: asyncio.Event) -> None:
+    """Run a node until `stop` is set."""
+    sys.setswitchinterval(_SWITCH_INTERVAL)
+    node = await Node.start(config)
+    try:
+        runner = await http.serve_unix(control.create(node), str(Path(config.run) / "node.sock"))
+        try:
+            log.info("node is ready", run=config.run, state=config.state, mounts=len(node.mounts.statistics()))
+            await stop.wait()
+        finally:
+            await runner.cleanup()
+    finally:
+        await node.close()
+
+
+main = program.daemon(
+    "dadi-node",
+    "Mount container images whose bytes arrive while they run: block devices, backfill, and the control socket "
+    "that `dadi` talks to. Needs root, /dev/fuse and loop devices (`dadi doctor`).",
+    NodeConfig,
+    serve,
+)
+
+if __name__ == "__main__":
+    main()

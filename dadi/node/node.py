@@ -1,0 +1,156 @@
+"""The node, put together: the composition root. What everything is made of and in which order it starts and stops.
+
+Only this file knows all parts; with `devices.py`, which gives files to it, it alone in `dadi/` imports `fuse`, and it
+alone imports `superpeer`, to embed one where none is configured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import structlog
+from fuse.session import Session
+
+from dadi import __version__, http
+from dadi.blobs.chain import Chain
+from dadi.blobs.disk import DiskBlobs
+from dadi.blobs.source import Source
+from dadi.blobs.verified import Verified
+from dadi.errors import DigestMismatch
+from dadi.fallbacks import Fallbacks
+from dadi.node import kernel
+from dadi.node.backfill import Backfill
+from dadi.node.config import NodeConfig
+from dadi.node.demand import Demand
+from dadi.node.devices import Devices
+from dadi.node.mounts import Mounts
+from dadi.oci import platforms
+from dadi.peers.superpeer import SuperpeerClient, Upstream
+from superpeer.app import resolving
+from superpeer.config import SuperpeerConfig
+from superpeer.service import Superpeer
+
+log = structlog.get_logger()
+
+
+class EmbeddedSuperpeer:
+    """A superpeer in this process, over the node's own store: nothing is kept twice. See `Upstream`."""
+
+    def __init__(self, superpeer: Superpeer) -> None:
+        self._superpeer = superpeer
+        self._verified = Verified("embedded superpeer", superpeer)
+        self.source: Source = self._verified
+
+    def __repr__(self) -> str:
+        return f"EmbeddedSuperpeer({self._superpeer!r})"
+
+    async def resolve(self, reference: str, platform: str) -> AsyncIterator[http.Event]:
+        """See `Upstream`."""
+        async for event in resolving(self._superpeer, reference, platform):
+            yield event
+
+    async def whole(self, digest: str, size: int) -> bytes:
+        """See `Upstream`."""
+        data = await self._superpeer.store.get(digest)
+        if "sha256:" + hashlib.sha256(data).hexdigest() != digest:
+            raise DigestMismatch(f"{digest} in the store is not what its digest says", source="embedded superpeer")
+        return data
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """See `Upstream`."""
+        origin = self._superpeer.origin
+        return [{"name": "registry", "bytes": origin.bytes, "chunks": 0, "wrong": self._verified.wrong}]
+
+    async def close(self) -> None:
+        """See `Upstream`."""
+        await self._superpeer.close()
+
+
+class Node:
+    """Everything a `dadi-node` is, but its sockets. Make it by `await Node.start(config)`, end it by `close`."""
+
+    def __init__(self, config: NodeConfig, store: DiskBlobs) -> None:
+        loop = asyncio.get_running_loop()
+        self.config = config
+        self.platform = config.platform or str(platforms.of_machine(os.uname().machine))
+        self.fallbacks = Fallbacks()
+        self.store = store
+        self.demand = Demand()
+        self.embedded: Superpeer | None = None
+        self.upstream = self._upstream()
+        self.chain = Chain(store, self.upstream.source, patience=config.read.patience, fallbacks=self.fallbacks)
+        self.session = Session(str(Path(config.run) / "fuse"), loop, threads=config.fuse_threads)
+        self.devices = Devices(store, self.chain, self.session, self.demand, self.fallbacks)
+        self.backfill = Backfill(config.backfill, store, self.chain, self.devices, self.demand, self.fallbacks)
+        self.mounts = Mounts(Path(config.state) / "mounts", store, self.chain, self.devices, self.upstream,
+                             self.fallbacks, self.backfill.wake)  # fmt: skip
+
+    def _upstream(self) -> Upstream:
+        config = self.config
+        if config.superpeers:
+            read = config.read
+            return SuperpeerClient(config.superpeers, self.fallbacks, connect=read.connect, read=read.stall)
+        embedded = SuperpeerConfig(state=str(Path(config.state) / "superpeer"), registry=config.registry)
+        self.embedded = Superpeer(embedded, self.store, self.fallbacks)
+        return EmbeddedSuperpeer(self.embedded)
+
+    @classmethod
+    async def start(cls, config: NodeConfig) -> Node:
+        """Open the store, mount FUSE, restore the mounts, begin to backfill. Raises Conflict, MissingFeature …"""
+        state, run = Path(config.state), Path(config.run)
+        for path in (state, run):
+            await asyncio.to_thread(path.mkdir, parents=True, exist_ok=True)
+        store = await asyncio.to_thread(lambda: DiskBlobs(state / "store", limit=config.store.limit))
+        node = cls(config, store)
+        try:
+            if node.embedded:
+                await node.embedded.start()
+            await asyncio.to_thread(node._mount_fuse)
+            await node.mounts.restore()
+            node.backfill.start()
+        except BaseException:
+            await node.close()
+            raise
+        log.info("block reads go", chain=repr(node.chain))
+        return node
+
+    def _mount_fuse(self) -> None:
+        directory = self.session.directory
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        kernel.umount_all(str(directory))  # of a process that was killed
+        self.session.mount()
+
+    async def close(self) -> None:
+        """Stop everything, in the opposite order."""
+        await self.backfill.close()
+        await self.mounts.close(unmount=self.config.unmount_on_stop)
+        await self.chain.close()
+        await asyncio.to_thread(self.session.close)
+        await self.upstream.close()
+        await self.store.close()
+
+    def statistics(self) -> dict[str, Any]:
+        """Return what `dadi status` shows; all sizes in bytes. `reads`: what the kernel asked for, by who answered."""
+        kernel_reads = self.session.statistics()
+        return {
+            "version": __version__,
+            "platform": self.platform,
+            "superpeers": list(self.config.superpeers) or ["embedded"],
+            "mounts": self.mounts.statistics(),
+            "reads": kernel_reads,
+            "waiting": {"reads": self.demand.pending, "for_upstream": self.chain.patient.waiting},
+            "bytes": {
+                "local": self.chain.kept.local_bytes,
+                "fetched": self.chain.kept.fetched_bytes,
+                "backfilled": self.backfill.bytes,
+            },
+            "sources": self.upstream.statistics(),
+            "backfill": self.backfill.statistics(),
+            "store": self.store.statistics(),
+            "fallbacks": self.fallbacks.statistics(),
+        }

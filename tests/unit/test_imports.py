@@ -1,0 +1,66 @@
+"""Who may import whom, as a test (ARCHITECTURE.md, "Invariants")."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SERVICES = ("dadi", "superpeer", "fuse")
+FILES = sorted(path.relative_to(ROOT) for name in SERVICES for path in (ROOT / name).rglob("*.py"))
+PURE = [
+    "dadi/errors.py", "dadi/digest.py", "dadi/erofs/layout.py", "dadi/erofs/tree.py", "dadi/erofs/writer.py",
+    "dadi/index/chunks.py", "dadi/index/layer.py", "dadi/index/image.py", "dadi/index/tar.py",
+    "dadi/index/tar_header.py", "dadi/index/tar_pax.py", "dadi/index/tar_path.py", "dadi/index/tar_sparse.py",
+    "dadi/oci/reference.py", "dadi/oci/manifest.py", "dadi/oci/media_types.py", "dadi/oci/platforms.py",
+    "dadi/oci/challenge.py", "fuse/wire.py",
+]  # fmt: skip
+IMPURE = {"asyncio", "socket", "time", "os", "threading", "aiohttp", "subprocess", "pathlib", "random"}
+
+
+def imported(path: Path) -> set[str]:
+    """Return the modules that a file imports, in full."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def tops(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported(path)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_services_import_dadi_and_never_each_other(path: Path) -> None:
+    others = set(SERVICES) - {path.parts[0], "dadi"}
+    allowed = set()
+    if path.parts[:2] == ("dadi", "node"):
+        allowed.add("fuse")
+    if str(path) == "dadi/node/node.py":
+        allowed.add("superpeer")
+    assert tops(path) & others <= allowed
+
+
+@pytest.mark.parametrize("path", PURE)
+def test_pure_modules_do_no_input_or_output(path: str) -> None:
+    assert not tops(Path(path)) & IMPURE
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_file_says_what_lives_in_it(path: Path) -> None:
+    assert (ast.get_docstring(ast.parse((ROOT / path).read_text())) or "").strip()
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_file_of_more_than_400_lines_says_why(path: Path) -> None:
+    text = (ROOT / path).read_text()
+    assert len(text.splitlines()) <= 400 or "longer than" in text[:2500].lower()
+
+
+def test_fusepy_is_no_dependency() -> None:
+    assert "fusepy" not in (ROOT / "pyproject.toml").read_text()
