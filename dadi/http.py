@@ -1,8 +1,7 @@
 """HTTP between our own programs: one client set-up, one server set-up, and errors as JSON on the way.
 
-    an error     status of its class, {"error": code, "message": …, "hint": …}; `Retry-After` where it is known
-    events       long work answers 200 with one JSON object a line (NDJSON); the last has "event": "done", or
-                 "event": "error" with the fields above
+    an error     status of its class, with a body as in `dadi/wire.py`; `Retry-After` where it is known
+    events       long work answers 200 with the events of `dadi/wire.py`, a line each (NDJSON)
 
 The registry client has its own set-up (`dadi/oci`), since it talks to strangers.
 """
@@ -20,13 +19,12 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from dadi.errors import Conflict, DadiError, InvalidRequest, Unavailable, by_code
+from dadi.errors import Conflict, DadiError, InvalidRequest, Unavailable
+from dadi.wire import Event, EventReader, error_fields, error_in
 
 log = structlog.get_logger()
 _READ_BUFFER = 1 << 20
 _MAX_ERROR_BODY = 64 << 10
-_MAX_EVENT = 16 << 20
-Event = dict[str, Any]
 
 
 # ---- client
@@ -68,40 +66,22 @@ async def request(
 
 
 async def _error_of(response: aiohttp.ClientResponse, what: str) -> DadiError:
-    body = await response.content.read(_MAX_ERROR_BODY)
-    try:
-        fields = msgspec.json.decode(body, type=dict[str, Any])
-        return error_from(fields)
-    except msgspec.MsgspecError:
-        text = f"{what}: {response.url} answered {response.status} {response.reason}"
-        return Unavailable(text) if response.status >= 500 else InvalidRequest(text)
-
-
-def error_from(fields: Event) -> DadiError:
-    """Return the error that another program of ours put into JSON."""
-    return by_code(str(fields.get("error")))(str(fields.get("message")), hint=fields.get("hint"))
-
-
-def error_fields(error: DadiError) -> Event:
-    """Return an error as the fields of a JSON object."""
-    return {"error": error.code, "message": error.message, "hint": error.hint}
+    error = error_in(await response.content.read(_MAX_ERROR_BODY))
+    if error is not None:
+        return error
+    text = f"{what}: {response.url} answered {response.status} {response.reason}"
+    return Unavailable(text) if response.status >= 500 else InvalidRequest(text)
 
 
 async def events(response: aiohttp.ClientResponse) -> AsyncIterator[Event]:
     """Yield the events of long work up to and with "done"; raise its error, or Unavailable if it ends without."""
-    pending = b""
+    reader = EventReader(str(response.url))
     async for piece in response.content.iter_any():
-        *lines, pending = (pending + piece).split(b"\n")
-        if len(pending) > _MAX_EVENT:
-            raise Unavailable(f"{response.url} sent an event of more than {_MAX_EVENT} bytes")
-        for line in lines:
-            event = msgspec.json.decode(line, type=dict[str, Any])
-            if event.get("event") == "error":
-                raise error_from(event)
+        for event in reader.feed(piece):
             yield event
-            if event.get("event") == "done":
+            if reader.done:
                 return
-    raise Unavailable(f"{response.url} broke off before it was done", hint="look into its log")
+    reader.end()
 
 
 # ---- server

@@ -20,6 +20,7 @@ from aiohttp import web
 from dadi import http, metrics
 from dadi.blobs.serving import BlobServer
 from dadi.errors import InvalidRequest
+from dadi.wire import Event
 from superpeer.service import Superpeer
 
 _PROGRESS_EVERY = 0.25
@@ -52,7 +53,7 @@ def create(superpeer: Superpeer) -> web.Application:
     return app
 
 
-async def resolving(superpeer: Superpeer, reference: str, platform: str) -> AsyncIterator[http.Event]:
+async def resolving(superpeer: Superpeer, reference: str, platform: str) -> AsyncIterator[Event]:
     """Yield the events of resolving an image, up to and with "image"; raise what it raises."""
     found = superpeer.resolve(reference, platform)
     while not found.task.done():

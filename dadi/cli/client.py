@@ -1,20 +1,37 @@
-"""How the command line talks to the node: over its control socket; and how it reports what went wrong."""
+"""How the command line talks to the node: HTTP over its control socket, with the standard library.
+
+Not aiohttp: a verb waits for one answer, and importing aiohttp would take longer than the answer.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import sys
-from collections.abc import AsyncIterator, Coroutine
+import http.client
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlencode
 
-import aiohttp
 import click
 import msgspec
 
-from dadi import http
-from dadi.errors import Unavailable
+from dadi.errors import InvalidRequest, Unavailable
+from dadi.wire import Event, EventReader, error_in
 
 DEFAULT_SOCKET = "/run/dadi/node.sock"
+_LONGEST_SILENCE = 600.0
+"""Seconds between two events of long work; the node sends one every quarter of a second while it indexes."""
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("node", timeout=_LONGEST_SILENCE)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
 
 
 class NodeClient:
@@ -22,57 +39,46 @@ class NodeClient:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._session: aiohttp.ClientSession | None = None
 
-    async def __aenter__(self) -> NodeClient:
-        # A mount may wait long for an index that is being made: no limit between events beyond what the node has.
-        self._session = http.client(unix_socket=self.path, read=600.0)
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        if self._session:
-            await self._session.close()
-
-    async def call(self, method: str, path: str, **options: Any) -> Any:
+    def call(self, method: str, path: str, parameters: dict[str, str] | None = None, body: Any = None) -> Any:
         """Return the JSON that the node answers; raise its error, or Unavailable if there is no node."""
-        async with self._request(method, path, **options) as response:
-            return msgspec.json.decode(await response.read())
+        with self._request(method, path, parameters, body) as response:
+            return msgspec.json.decode(response.read())
 
-    async def events(self, method: str, path: str, **options: Any) -> AsyncIterator[http.Event]:
-        """Yield the events of long work, without the last "done"."""
-        async with self._request(method, path, **options) as response:
-            async for event in http.events(response):
-                if event.get("event") != "done":
-                    yield event
+    def events(
+        self, method: str, path: str, parameters: dict[str, str] | None = None, body: Any = None
+    ) -> Iterator[Event]:
+        """Yield the events of long work, without the last "done"; raise as `call` does."""
+        reader = EventReader(f"the node on {self.path}")
+        with self._request(method, path, parameters, body) as response:
+            while not reader.done and (data := response.read1(1 << 16)):
+                for event in reader.feed(data):
+                    if event.get("event") != "done":
+                        yield event
+        reader.end()
 
-    def _request(self, method: str, path: str, **options: Any) -> Any:
-        assert self._session is not None
-        return _explained(http.request(self._session, method, f"http://node{path}", "asking the node", **options), self)
-
-
-class _explained:
-    """Say which socket it was, and what to do, when there is no node behind it."""
-
-    def __init__(self, request: Any, client: NodeClient) -> None:
-        self._request = request
-        self._client = client
-
-    async def __aenter__(self) -> Any:
+    @contextmanager
+    def _request(
+        self, method: str, path: str, parameters: dict[str, str] | None, body: Any
+    ) -> Iterator[http.client.HTTPResponse]:
+        target = f"{path}?{urlencode(parameters)}" if parameters else path
+        connection = _UnixConnection(self.path)
         try:
-            return await self._request.__aenter__()
-        except Unavailable as error:
-            if "cannot connect" not in error.message:
-                raise
+            connection.request(method, target, body=None if body is None else msgspec.json.encode(body))
+            response = connection.getresponse()
+            if response.status >= 300:
+                error = error_in(response.read())
+                raise error or InvalidRequest(f"the node answered {response.status} to {method} {path}")
+            yield response
+        except (FileNotFoundError, ConnectionRefusedError):
             hint = "start dadi-node, or name its socket with --node-socket or DADI_NODE_SOCKET"
-            raise Unavailable(f"no node answers on {self._client.path}", hint=hint) from None
-
-    async def __aexit__(self, *exc: Any) -> Any:
-        return await self._request.__aexit__(*exc)
-
-
-def run(work: Coroutine[Any, Any, int | None]) -> None:
-    """Run a verb; exit with what it returns (None: 0)."""
-    sys.exit(asyncio.run(work) or 0)
+            raise Unavailable(f"no node answers on {self.path}", hint=hint) from None
+        except PermissionError:
+            raise Unavailable(f"the node's socket {self.path} is not yours to use", hint="run as root") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise Unavailable(f"the node on {self.path} broke off: {error}", hint="look into its log") from None
+        finally:
+            connection.close()
 
 
 node_socket = click.option(

@@ -6,7 +6,6 @@ import sys
 
 import click
 import msgspec
-from rich.table import Table
 
 from dadi.cli import show
 from dadi.cli.client import as_json
@@ -23,8 +22,8 @@ def doctor(as_json: bool) -> None:
             {"name": row.name, "ok": row.ok, "detail": row.detail, "hint": row.hint} for row in rows
         ]))  # fmt: skip
     else:
-        table = Table("", "what", "found", "what to do", box=None, header_style="bold")
+        table = show.table("", "what", "found", "what to do")
         for row in rows:
             table.add_row("ok" if row.ok else "LACKS", row.name, row.detail, "" if row.ok else row.hint)
-        show.console.print(table)
+        show.print_table(table)
     sys.exit(0 if all(row.ok for row in rows) else 1)

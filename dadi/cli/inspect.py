@@ -7,10 +7,9 @@ from typing import Any
 
 import click
 import msgspec
-from rich.table import Table
 
 from dadi.cli import show
-from dadi.cli.client import NodeClient, as_json, node_socket, platform_option, run
+from dadi.cli.client import NodeClient, as_json, node_socket, platform_option
 
 _LETTERS = {"file": "-", "directory": "d", "symlink": "l", "hardlink": "h", "character": "c", "block": "b", "fifo": "p",
             "whiteout": "w", "opaque": "o"}  # fmt: skip
@@ -29,25 +28,20 @@ def inspect(image: str, layers: bool, files: bool, platform: str, node_socket: s
     Asks the superpeer; an image that it has not seen yet is indexed for that. With --files each line is: type and
     mode, owner, length, offset in the layer's uncompressed tar, path.
     """
-    run(_inspect(image, layers, files, platform, node_socket, as_json))
-
-
-async def _inspect(image: str, layers: bool, files: bool, platform: str, node_socket: str, as_json: bool) -> None:
     parameters = {"image": image, "platform": platform, "files": "1" if files else "0"}
     about: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     with show.LongWork(f"inspecting {image}", quiet=as_json) as progress:
-        async with NodeClient(node_socket) as node:
-            async for event in node.events("GET", "/v1/inspect", params=parameters):
-                kind = event.pop("event")
-                if kind == "progress":
-                    progress.event(event)
-                elif kind == "image":
-                    about = event
-                elif kind == "layer":
-                    rows.append({**event, "entries": []} if files else event)
-                elif kind == "files":
-                    rows[event["layer"]]["entries"] += event["files"]
+        for event in NodeClient(node_socket).events("GET", "/v1/inspect", parameters):
+            kind = event.pop("event")
+            if kind == "progress":
+                progress.event(event)
+            elif kind == "image":
+                about = event
+            elif kind == "layer":
+                rows.append({**event, "entries": []} if files else event)
+            elif kind == "files":
+                rows[event["layer"]]["entries"] += event["files"]
     if as_json:
         click.echo(msgspec.json.encode({**about, "layers": rows}))
         return
@@ -69,13 +63,13 @@ def _about(about: dict[str, Any]) -> None:
 
 
 def _layers(rows: list[dict[str, Any]]) -> None:
-    table = Table("", "layer", "size", "unpacked", "files", "chunks", "index", "device", box=None, header_style="bold")
+    table = show.table("", "layer", "size", "unpacked", "files", "chunks", "index", "device")
     for row in rows:
         device = str(row["device"]) if row["device"] else "not needed"
         table.add_row(str(row["number"]), row["digest"][7:19], show.size(row["compressed_bytes"]),
                       show.size(row["unpacked_bytes"]), str(row["files"]), str(row["chunks"]),
                       show.size(row["index_bytes"]), device)  # fmt: skip
-    show.console.print(table)
+    show.print_table(table)
 
 
 def _line(entry: dict[str, Any]) -> str:

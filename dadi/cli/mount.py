@@ -10,7 +10,7 @@ import click
 import msgspec
 
 from dadi.cli import show
-from dadi.cli.client import NodeClient, as_json, node_socket, platform_option, run
+from dadi.cli.client import NodeClient, as_json, node_socket, platform_option
 
 
 @click.command()
@@ -25,20 +25,16 @@ def mount(image: str, directory: str, platform: str, node_socket: str, as_json: 
     IMAGE is a reference such as registry.example/team/app:1.2 or docker.io/library/debian:12. The node fetches the
     image's metadata; file contents come when they are read, and the rest is fetched in the background.
     """
-    run(_mount(image, os.path.abspath(directory), platform, node_socket, as_json))
-
-
-async def _mount(image: str, directory: str, platform: str, node_socket: str, as_json: bool) -> None:
+    directory = os.path.abspath(directory)
     begin = time.monotonic()
     row: dict[str, Any] = {}
-    body = msgspec.json.encode({"image": image, "directory": directory, "platform": platform})
+    body = {"image": image, "directory": directory, "platform": platform}
     with show.LongWork(f"mounting {image}", quiet=as_json) as progress:
-        async with NodeClient(node_socket) as node:
-            async for event in node.events("POST", "/v1/mounts", data=body):
-                if event.get("event") == "mounted":
-                    row = event
-                else:
-                    progress.event(event)
+        for event in NodeClient(node_socket).events("POST", "/v1/mounts", body=body):
+            if event.get("event") == "mounted":
+                row = event
+            else:
+                progress.event(event)
     seconds = time.monotonic() - begin
     if as_json:
         row.pop("event", None)
@@ -55,10 +51,5 @@ async def _mount(image: str, directory: str, platform: str, node_socket: str, as
 @node_socket
 def umount(directory: str, force: bool, node_socket: str) -> None:
     """Unmount the image at DIRECTORY."""
-    run(_umount(os.path.abspath(directory), force, node_socket))
-
-
-async def _umount(directory: str, force: bool, node_socket: str) -> None:
-    async with NodeClient(node_socket) as node:
-        parameters = {"directory": directory, "force": "1" if force else "0"}
-        await node.call("DELETE", "/v1/mounts", params=parameters)
+    parameters = {"directory": os.path.abspath(directory), "force": "1" if force else "0"}
+    NodeClient(node_socket).call("DELETE", "/v1/mounts", parameters)

@@ -1,14 +1,15 @@
-"""How things look on a terminal: sizes, bars, the progress of long work. No decisions, no I/O but printing."""
+"""How things look on a terminal: sizes, tables, the progress of long work. rich is imported only when it draws."""
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+import click
 
-console = Console(stderr=False)
-messages = Console(stderr=True)
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+    from rich.table import Table
 
 
 def size(count: float) -> str:
@@ -27,8 +28,29 @@ def share(part: float, whole: float) -> str:
     return f"{min(99, int(100 * part / whole))} %"
 
 
+def table(*columns: str) -> Table:
+    """Return a table without lines; a column is never cut: it is folded where the terminal ends."""
+    from rich.table import Table
+
+    made = Table(box=None, header_style="bold")
+    for name in columns:
+        made.add_column(name, overflow="fold")
+    return made
+
+
+def print_table(table: Table) -> None:
+    """Print it on standard output; as wide as it needs where that is no terminal."""
+    from rich.console import Console
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console.print(table)
+
+
 class LongWork:
-    """The progress of resolving, indexing and mounting: a live line on a terminal, a plain line a stage elsewhere."""
+    """The progress of resolving, indexing and mounting: a live line on a terminal, a plain line a stage elsewhere.
+
+    All of it goes to standard error.
+    """
 
     def __init__(self, what: str, *, quiet: bool = False) -> None:
         self._what = what
@@ -38,10 +60,13 @@ class LongWork:
         self._task: TaskID | None = None
 
     def __enter__(self) -> LongWork:
-        if messages.is_terminal and not self._quiet:
+        if sys.stderr.isatty() and not self._quiet:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
             self._progress = Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(),
                                       TextColumn("{task.fields[detail]}"), TimeElapsedColumn(),
-                                      console=messages, transient=True)  # fmt: skip
+                                      console=Console(stderr=True), transient=True)  # fmt: skip
             self._progress.start()
             self._task = self._progress.add_task(self._what, total=None, detail="")
         return self
@@ -61,5 +86,5 @@ class LongWork:
             self._progress.update(self._task, description=f"{self._what}: {stage}", total=total or None,
                                   completed=done, detail=detail)  # fmt: skip
         elif stage != self._stage and not self._quiet:
-            messages.print(f"{self._what}: {stage}", highlight=False)
+            click.echo(f"{self._what}: {stage}", err=True)
         self._stage = stage

@@ -7,10 +7,9 @@ from typing import Any
 
 import click
 import msgspec
-from rich.table import Table
 
 from dadi.cli import show
-from dadi.cli.client import NodeClient, as_json, node_socket, run
+from dadi.cli.client import NodeClient, as_json, node_socket
 
 
 @click.command()
@@ -23,12 +22,7 @@ def status(devices: bool, node_socket: str, as_json: bool) -> None:
     An image is "lazy" while some of its bytes are still to come, "local" when its devices are plain local files (the
     daemon is then not in the path of its reads), "broken" when what came is not what its digest says.
     """
-    run(_status(devices, node_socket, as_json))
-
-
-async def _status(devices: bool, node_socket: str, as_json: bool) -> None:
-    async with NodeClient(node_socket) as node:
-        answer = await node.call("GET", "/v1/status")
+    answer = NodeClient(node_socket).call("GET", "/v1/status")
     if as_json:
         click.echo(msgspec.json.encode(answer))
         return
@@ -41,7 +35,7 @@ def _mounts(mounts: list[dict[str, Any]], devices: bool) -> None:
     if not mounts:
         click.echo("no image is mounted")
         return
-    table = Table("image", "mounted at", "state", "present", "of", "", box=None, header_style="bold")
+    table = show.table("image", "mounted at", "state", "present", "of", "")
     for row in mounts:
         present, total = row["bytes_present"], row["bytes"]
         table.add_row(row["reference"], row["directory"], row["state"], show.size(present), show.size(total),
@@ -50,7 +44,7 @@ def _mounts(mounts: list[dict[str, Any]], devices: bool) -> None:
             table.add_row(f"  {device['blob'][7:19]}", device["device"] or "-", device["error"] or device["state"],
                           show.size(device["bytes_present"]), show.size(device["bytes"]),
                           show.share(device["bytes_present"], device["bytes"]))  # fmt: skip
-    show.console.print(table)
+    show.print_table(table)
 
 
 def _traffic(answer: dict[str, Any]) -> None:

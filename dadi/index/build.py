@@ -142,6 +142,8 @@ class _Pass:
         """Return the index, once all that was fed has gone through and every digest is right."""
         self._compressed.put(None)
         await asyncio.wait(self._threads)
+        for thread in self._threads:
+            thread.result()  # a thread that died of anything unforeseen has kept less than it was given
         layer, given = self._layer, self._compressed
         if self._fatal is not None:
             raise self._fatal
@@ -294,6 +296,7 @@ class _Chunks:
     """The chunk table of bytes that come in pieces of any size."""
 
     def __init__(self, chunk_size: int) -> None:
+        ChunkTable(0, chunk_size, b"").check()
         self._chunk_size = chunk_size
         self._size = 0
         self._hash = hashlib.sha256()

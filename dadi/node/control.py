@@ -26,6 +26,7 @@ from dadi.index.image import ImageIndex
 from dadi.index.layer import Entry, Kind
 from dadi.node.node import Node
 from dadi.peers.superpeer import image_answer
+from dadi.wire import Event
 
 _FILES_PER_EVENT = 1000
 
@@ -84,7 +85,7 @@ def normalized(directory: str) -> str:
     return os.path.normpath(directory)
 
 
-async def inspecting(node: Node, image: str, platform: str, files: bool) -> AsyncIterator[http.Event]:
+async def inspecting(node: Node, image: str, platform: str, files: bool) -> AsyncIterator[Event]:
     """Yield the events of `GET /v1/inspect`."""
     answer = None
     async for event in node.upstream.resolve(image, platform):
@@ -103,7 +104,7 @@ async def inspecting(node: Node, image: str, platform: str, files: bool) -> Asyn
             yield event
 
 
-async def _layer(node: Node, index: ImageIndex, number: int, files: bool) -> AsyncIterator[http.Event]:
+async def _layer(node: Node, index: ImageIndex, number: int, files: bool) -> AsyncIterator[Event]:
     layer = index.layers[number]
     data = await node.upstream.whole(layer.index_digest, layer.index_size)
     entries = (await asyncio.to_thread(layer_index.decode, data)).entries

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from fuse.session import Session
 
 from dadi.blobs.chain import Chain
 from dadi.blobs.disk import DeviceFile, DiskBlobs
@@ -24,6 +23,7 @@ from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
 from dadi.node import loop
 from dadi.node.demand import Demand
+from fuse.session import Session
 
 log = structlog.get_logger()
 

@@ -26,12 +26,12 @@ from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.layout import write_durably
 from dadi.errors import Conflict, DadiError, Malformed, NotFound
 from dadi.fallbacks import Fallbacks
-from dadi.http import Event
 from dadi.index import image as image_index
 from dadi.index.image import ImageIndex
 from dadi.node import kernel
 from dadi.node.devices import Device, Devices, DeviceState
 from dadi.peers.superpeer import ImageAnswer, Upstream, image_answer
+from dadi.wire import Event
 
 log = structlog.get_logger()
 

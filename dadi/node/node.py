@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from fuse.session import Session
 
-from dadi import __version__, http
+from dadi import __version__
 from dadi.blobs.chain import Chain
 from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.source import Source
@@ -31,6 +30,8 @@ from dadi.node.devices import Devices
 from dadi.node.mounts import Mounts
 from dadi.oci import platforms
 from dadi.peers.superpeer import SuperpeerClient, Upstream
+from dadi.wire import Event
+from fuse.session import Session
 from superpeer.app import resolving
 from superpeer.config import SuperpeerConfig
 from superpeer.service import Superpeer
@@ -49,7 +50,7 @@ class EmbeddedSuperpeer:
     def __repr__(self) -> str:
         return f"EmbeddedSuperpeer({self._superpeer!r})"
 
-    async def resolve(self, reference: str, platform: str) -> AsyncIterator[http.Event]:
+    async def resolve(self, reference: str, platform: str) -> AsyncIterator[Event]:
         """See `Upstream`."""
         async for event in resolving(self._superpeer, reference, platform):
             yield event

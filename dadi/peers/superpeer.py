@@ -20,6 +20,7 @@ from dadi.blobs.source import Source
 from dadi.blobs.verified import Verified
 from dadi.errors import DadiError, DigestMismatch, Malformed, TooLarge, Unavailable
 from dadi.fallbacks import Fallbacks
+from dadi.wire import Event
 
 MAX_SMALL_BLOB = 1 << 30
 
@@ -40,7 +41,7 @@ class Upstream(Protocol):
 
     source: Source
 
-    def resolve(self, reference: str, platform: str) -> AsyncIterator[http.Event]:
+    def resolve(self, reference: str, platform: str) -> AsyncIterator[Event]:
         """Yield "progress" events and at last one "image" event (the fields of `ImageAnswer`).
 
         Raises what the superpeer says; Unavailable if none answers within seconds.
@@ -73,7 +74,7 @@ class SuperpeerClient:
     def __repr__(self) -> str:
         return f"SuperpeerClient({', '.join(self._urls)})"
 
-    async def resolve(self, reference: str, platform: str) -> AsyncIterator[http.Event]:
+    async def resolve(self, reference: str, platform: str) -> AsyncIterator[Event]:
         """See `Upstream`."""
         parameters = {"reference": reference, "platform": platform}
         for place, url in enumerate(self._urls):
@@ -128,7 +129,7 @@ class SuperpeerClient:
         await self._session.close()
 
 
-def image_answer(event: http.Event) -> ImageAnswer:
+def image_answer(event: Event) -> ImageAnswer:
     """Return the answer in an "image" event; raise Malformed if it is none."""
     try:
         return msgspec.convert(event, ImageAnswer)
