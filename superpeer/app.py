@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import msgspec
 from aiohttp import web
 
 from dadi import http, metrics
-from dadi.blobs.serving import BlobServer
+from dadi.blobs.serving import BlobServer, Compressor
 from dadi.errors import InvalidRequest
 from dadi.wire import Event
 from superpeer.service import Superpeer
@@ -29,14 +30,16 @@ _PROGRESS_EVERY = 0.25
 def create(superpeer: Superpeer) -> web.Application:
     """Return the application for a superpeer that has been started."""
     app = http.application()
-    blobs = BlobServer(superpeer.store, superpeer.bring)
+    blobs = BlobServer(superpeer.store, superpeer.bring, Compressor(cache=superpeer.config.compressed_cache))
+
+    def statistics() -> dict[str, Any]:
+        return {**superpeer.statistics(), "served": blobs.statistics()}
 
     async def healthz(request: web.Request) -> web.Response:
         return web.Response(text="ok\n")
 
     async def status(request: web.Request) -> web.Response:
-        served = {"requests": blobs.requests, "bytes": blobs.bytes}
-        return web.json_response({**superpeer.statistics(), "served": served})
+        return web.json_response(statistics())
 
     async def images(request: web.Request) -> web.StreamResponse:
         reference, platform = request.query.get("reference"), request.query.get("platform")
@@ -48,8 +51,7 @@ def create(superpeer: Superpeer) -> web.Application:
     app.router.add_get("/v1/status", status)
     app.router.add_get("/v1/images", images)
     app.router.add_get("/v1/blobs/{digest}", blobs.handle)
-    app.router.add_get("/metrics", metrics.handler("dadi_superpeer", lambda: {
-        **superpeer.statistics(), "served_requests": blobs.requests, "served_bytes": blobs.bytes}))  # fmt: skip
+    app.router.add_get("/metrics", metrics.handler("dadi_superpeer", statistics))
     return app
 
 

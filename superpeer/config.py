@@ -47,6 +47,9 @@ class SuperpeerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tag_ttl: Annotated[
         float, described("how long a tag is believed without asking the registry", SECONDS, at_least=0)
     ] = 60.0
+    compressed_cache: Annotated[
+        int, described("memory for compressed ranges; 0: nothing is sent compressed", SIZE, at_least=0)
+    ] = 64 << 20
     log_level: Annotated[LogLevel, described("debug, info, warning or error")] = "info"
     log_json: Annotated[bool, described("true: one JSON object a line; false: for people")] = False
     store: Annotated[StoreConfig, described("the blob store")] = StoreConfig()

@@ -3,6 +3,9 @@
 A `Range` of one `bytes=A-B` (or `A-`) gives 206, no `Range` gives 200 and the whole; anything else gives 416. Only
 present, verified bytes are sent; the kernel sends them (`sendfile`). Pages that are not in its cache are read in a
 thread first, since `sendfile` would wait for the disk on the event loop.
+
+A range request with `Accept-Encoding: zstd` may get its bytes compressed (`Content-Encoding: zstd`, a frame a chunk,
+`Content-Range` still counts the bytes as they are in the blob): see `Compressor`.
 """
 
 from __future__ import annotations
@@ -10,8 +13,10 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 
+import zstandard
 from aiohttp import web
 
 from dadi import digest as digests
@@ -30,11 +35,17 @@ Bring = Callable[[str], Awaitable[Blob]]
 class BlobServer:
     """The handler; `bring` is asked for a blob that is not all here. Counts what it sent."""
 
-    def __init__(self, store: DiskBlobs, bring: Bring) -> None:
+    def __init__(self, store: DiskBlobs, bring: Bring, compressor: Compressor) -> None:
         self._store = store
         self._bring = bring
+        self._compressor = compressor
         self.requests = 0
         self.bytes = 0
+        self.wire_bytes = 0
+
+    def statistics(self) -> dict[str, int]:
+        """Return requests, bytes of blobs, and bytes of bodies as they went over the wire."""
+        return {"requests": self.requests, "bytes": self.bytes, "wire_bytes": self.wire_bytes}
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answer GET and HEAD."""
@@ -48,23 +59,88 @@ class BlobServer:
             "Content-Type": "application/octet-stream",
             "Accept-Ranges": "bytes",
             "Docker-Content-Digest": digest,
+            "Vary": "Accept-Encoding",
         }
         if status == 206:
             headers["Content-Range"] = f"bytes {offset}-{offset + length - 1}/{blob.size}"
         if status == 416:
             headers = {"Content-Range": f"bytes */{blob.size}"}
-        response = web.StreamResponse(status=status, headers=headers)
         if request.method == "HEAD" or not length or status == 416:
+            response = web.StreamResponse(status=status, headers=headers)
             await response.prepare(request)
             return response
         self.requests += 1
+        self.bytes += length
         with self._store.open_device(blob) as file:
             if await self._store.missing(blob, blob.table.covering(offset, length)):
                 raise NotFound(f"{blob} is not all here")
+            if status == 206 and "zstd" in request.headers.get("Accept-Encoding", ""):
+                body = await self._compressor.range(blob, file.fd, offset, length)
+                if body is not None:
+                    self.wire_bytes += len(body)
+                    del headers["Content-Length"]
+                    return web.Response(status=206, body=body, headers={**headers, "Content-Encoding": "zstd"})
+            response = web.StreamResponse(status=status, headers=headers)
             await response.prepare(request)
             await _send(request, response, file.fd, offset, length)
-        self.bytes += length
+        self.wire_bytes += length
         return response
+
+
+class Compressor:
+    """Compresses ranges where that pays: what many nodes ask for once, and nothing while the processors are busy.
+
+    Compressed ranges are kept in memory up to `cache` bytes, the least recently used go first: nodes that start the
+    same image ask for the same ranges. When `most` ranges are being compressed already, the next goes as it is.
+    """
+
+    LARGEST = 4 << 20
+    LEVEL = 1
+
+    def __init__(self, *, cache: int, most: int = os.cpu_count() or 1) -> None:
+        self._limit = cache
+        self._most = most
+        self._busy = 0
+        self._bytes = 0
+        self._cache: OrderedDict[tuple[str, int, int], bytes] = OrderedDict()
+
+    async def range(self, blob: Blob, fd: int, offset: int, length: int) -> bytes | None:
+        """Return the range as zstd frames, one a chunk; None if it should go as it is."""
+        key = (blob.digest, offset, length)
+        body = self._cache.get(key)
+        if body is not None:
+            self._cache.move_to_end(key)
+            return body or None
+        if not self._limit or length > self.LARGEST or self._busy >= self._most:
+            return None
+        self._busy += 1
+        try:
+            body = await asyncio.to_thread(self._compress, blob, fd, offset, length)
+        finally:
+            self._busy -= 1
+        if len(body) > length * 9 // 10:
+            body = b""  # remembered too: it does not pay
+        self._remember(key, body)
+        return body or None
+
+    def _compress(self, blob: Blob, fd: int, offset: int, length: int) -> bytes:
+        compressor = zstandard.ZstdCompressor(level=self.LEVEL)
+        frames = []
+        end = offset + length
+        while offset < end:
+            step = min(blob.table.chunk_size - offset % blob.table.chunk_size, end - offset)
+            frames.append(compressor.compress(os.pread(fd, step, offset)))
+            offset += step
+        return b"".join(frames)
+
+    def _remember(self, key: tuple[str, int, int], body: bytes) -> None:
+        if key in self._cache:
+            return
+        self._cache[key] = body
+        self._bytes += len(body) + 200
+        while self._bytes > self._limit:
+            _, old = self._cache.popitem(last=False)
+            self._bytes -= len(old) + 200
 
 
 def _requested(request: web.Request, size: int) -> tuple[int, int, int]:

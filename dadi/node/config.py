@@ -30,6 +30,7 @@ class ReadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     patience: Annotated[
         float, described("a read waits this long for upstream, then fails with EIO", SECONDS, at_least=0)
     ] = 300.0
+    compress: Annotated[bool, described("take bytes compressed; false where links are faster than processors")] = True
     connect: Annotated[float, described("how long a connection to a superpeer may take", SECONDS, at_least=0)] = 3.0
     stall: Annotated[
         float, described("a superpeer that sends nothing for this long is asked anew", SECONDS, at_least=0)

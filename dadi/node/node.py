@@ -65,7 +65,8 @@ class EmbeddedSuperpeer:
     def statistics(self) -> list[dict[str, Any]]:
         """See `Upstream`."""
         origin = self._superpeer.origin
-        return [{"name": "registry", "bytes": origin.bytes, "chunks": 0, "wrong": self._verified.wrong}]
+        return [{"name": "registry", "bytes": origin.bytes, "wire_bytes": origin.bytes, "requests": origin.layers,
+                 "wrong": self._verified.wrong}]  # fmt: skip
 
     async def close(self) -> None:
         """See `Upstream`."""
@@ -95,7 +96,8 @@ class Node:
         config = self.config
         if config.superpeers:
             read = config.read
-            return SuperpeerClient(config.superpeers, self.fallbacks, connect=read.connect, read=read.stall)
+            return SuperpeerClient(config.superpeers, self.fallbacks, connect=read.connect, read=read.stall,
+                                   compress=read.compress)  # fmt: skip
         embedded = SuperpeerConfig(state=str(Path(config.state) / "superpeer"), registry=config.registry)
         self.embedded = Superpeer(embedded, self.store, self.fallbacks)
         return EmbeddedSuperpeer(self.embedded)

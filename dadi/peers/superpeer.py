@@ -53,7 +53,7 @@ class Upstream(Protocol):
         ...
 
     def statistics(self) -> list[dict[str, Any]]:
-        """Return a row for each machine behind: name, bytes, chunks, wrong."""
+        """Return a row for each machine behind: name, bytes (of chunks), wire_bytes, requests, wrong (chunks)."""
         ...
 
     async def close(self) -> None:
@@ -64,11 +64,13 @@ class Upstream(Protocol):
 class SuperpeerClient:
     """The superpeers at `urls`, the first that answers."""
 
-    def __init__(self, urls: Sequence[str], fallbacks: Fallbacks, *, connect: float, read: float) -> None:
+    def __init__(self, urls: Sequence[str], fallbacks: Fallbacks, *, connect: float, read: float,
+                 compress: bool = True) -> None:  # fmt: skip
         self._urls = [url.rstrip("/") for url in urls]
         self._fallbacks = fallbacks
         self._session: aiohttp.ClientSession = http.client(connect=connect, read=read)
-        self._verified = [Verified(f"superpeer {url}", Remote(url, self._session)) for url in self._urls]
+        self._remotes = [Remote(url, self._session, compress=compress) for url in self._urls]
+        self._verified = [Verified(f"superpeer {remote.url}", remote) for remote in self._remotes]
         self.source: Source = self._verified[0] if len(urls) == 1 else FirstOf(self._verified, fallbacks)
 
     def __repr__(self) -> str:
@@ -122,7 +124,11 @@ class SuperpeerClient:
 
     def statistics(self) -> list[dict[str, Any]]:
         """See `Upstream`."""
-        return [{"name": v.name, "bytes": v.bytes, "chunks": v.chunks, "wrong": v.wrong} for v in self._verified]
+        return [
+            {"name": v.name, "bytes": v.bytes, "wire_bytes": remote.wire_bytes, "requests": remote.requests,
+             "wrong": v.wrong}
+            for v, remote in zip(self._verified, self._remotes, strict=True)
+        ]  # fmt: skip
 
     async def close(self) -> None:
         """See `Upstream`."""

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import aiohttp
 import pytest
+import zstandard
 from aiohttp import web
 
 from dadi import http
@@ -110,3 +111,47 @@ async def test_nobody_there_is_said_with_the_address() -> None:
         with pytest.raises(Unavailable, match=r"cannot connect to http://127\.0\.0\.1:1/"):
             await Remote("http://127.0.0.1:1", session).read(BLOB, range(1))
     assert isinstance(session, aiohttp.ClientSession)
+
+
+# ---- compressed
+
+TEXT = b"".join(b"line %d of a text that compresses\n" % n for n in range(2000))[: 6 * C + 9]
+TEXT_BLOB = blob_of(TEXT, C)
+
+
+def frames(*parts: bytes) -> bytes:
+    return b"".join(zstandard.ZstdCompressor().compress(part) for part in parts)
+
+
+async def test_a_run_comes_compressed_if_the_other_side_likes(serve) -> None:
+    accepted = []
+
+    async def handle(request: web.Request) -> web.Response:
+        accepted.append(request.headers["Accept-Encoding"])
+        body = frames(TEXT[C : 2 * C], TEXT[2 * C : 3 * C])
+        return web.Response(status=206, body=body, headers={"Content-Range": SAID, "Content-Encoding": "zstd"})
+
+    remote = await serve(handle)
+    assert await remote.read(TEXT_BLOB, range(1, 3)) == parts_of(TEXT_BLOB, TEXT)[1:3]
+    assert accepted == ["zstd"]
+    assert 0 < remote.wire_bytes < C
+
+
+BOMB = zstandard.ZstdCompressor(level=19).compress(bytes(1 << 26))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b"not zstd at all", id="no zstd"),
+        pytest.param(frames(TEXT[C : 2 * C]), id="too few frames"),
+        pytest.param(frames(TEXT[C : 2 * C], TEXT[2 * C : 3 * C], b"x"), id="too many frames"),
+        pytest.param(frames(TEXT[C : 3 * C])[:-20], id="a frame cut short"),
+        pytest.param(BOMB, id="a bomb"),
+        pytest.param(b"x" * (3 * C), id="more than it stands for"),
+    ],
+)
+async def test_compressed_bytes_that_are_not_the_run_are_an_error(serve, body: bytes) -> None:
+    remote = await serve(answer(body, SAID, **{"Content-Encoding": "zstd"}))
+    with pytest.raises(DigestMismatch):
+        await remote.read(TEXT_BLOB, range(1, 3))

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+import zstandard
 
+from dadi.blobs.serving import Compressor
 from dadi.errors import (
     AccessDenied,
     DadiError,
@@ -21,6 +23,8 @@ from dadi.errors import (
     Unavailable,
 )
 from dadi.index import layer as layer_index
+from dadi.index.chunks import blob_of
+from tests.contracts.store import content
 from tests.fakes.registry import FakeRegistry, cut, status
 from tests.lab import images
 from tests.lab.registry import DockerRegistry, available
@@ -274,3 +278,58 @@ async def test_metrics_and_status_tell_the_same(tmp_path: Path, registry: FakeRe
             text = await response.text()
         assert f"dadi_superpeer_registry_bytes {float(shown['registry_bytes'])}" in text
         assert shown["registry_bytes"] == sum(map(len, layers))
+
+
+async def test_ranges_go_compressed_where_that_pays_and_both_sides_want_it(
+    tmp_path: Path, registry: FakeRegistry, layers: list[bytes]
+) -> None:
+    async with running(tmp_path, registry.host) as run, aiohttp.ClientSession(auto_decompress=False) as session:
+        index = await run.index(f"{registry.host}/team/app:1")
+        url = f"{run.url}/v1/blobs/{index.layers[0].diff_id}"
+        asked = {"Range": "bytes=100-49000", "Accept-Encoding": "zstd"}
+        for _ in range(2):
+            async with session.get(url, headers=asked) as response:
+                body = await response.read()
+                assert response.headers["Content-Range"] == f"bytes 100-49000/{len(layers[0])}"
+                assert response.headers["Content-Encoding"] == "zstd"
+                with zstandard.ZstdDecompressor().stream_reader(body, read_across_frames=True) as reader:
+                    assert reader.read() == layers[0][100:49001]
+        served = (await (await session.get(f"{run.url}/v1/status")).json())["served"]
+        assert served["wire_bytes"] < served["bytes"] / 5
+
+
+async def test_what_does_not_compress_goes_as_it_is(tmp_path: Path, registry: FakeRegistry) -> None:
+    noise = tar_of(a=content(60_000))
+    registry.add_image("team/noise", "1", [noise])
+    async with running(tmp_path, registry.host) as run, aiohttp.ClientSession(auto_decompress=False) as session:
+        index = await run.index(f"{registry.host}/team/noise:1")
+        url = f"{run.url}/v1/blobs/{index.layers[0].diff_id}"
+        for _ in range(2):
+            headers = {"Range": "bytes=1024-50000", "Accept-Encoding": "zstd"}
+            async with session.get(url, headers=headers) as response:
+                assert "Content-Encoding" not in response.headers
+                assert await response.read() == noise[1024:50001]
+
+
+async def test_the_memory_for_compressed_ranges_is_bounded(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    data = b"".join(b"%09d\n" % n for n in range(100_000))
+    file.write_bytes(data)
+    compressor = Compressor(cache=50_000)
+    blob = blob_of(data, CHUNK)
+    with open(file, "rb") as opened:
+        for at in range(0, 900_000, CHUNK):
+            assert await compressor.range(blob, opened.fileno(), at, CHUNK)
+            assert compressor._bytes <= 50_000
+        assert 0 < len(compressor._cache) < 900_000 // CHUNK
+
+
+async def test_when_the_processors_are_busy_ranges_go_as_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(1 << 20))
+    compressor = Compressor(cache=1 << 20, most=1)
+    blob = blob_of(bytes(1 << 20), CHUNK)
+    with open(file, "rb") as opened:
+        both = [compressor.range(blob, opened.fileno(), at, CHUNK) for at in (0, CHUNK)]
+        first, second = await asyncio.gather(*both)
+        assert (first is None, second is None) == (False, True)
