@@ -95,9 +95,9 @@ class Compressor:
     """
 
     LARGEST = 4 << 20
-    LEVEL = 1
+    LEVEL = 3
 
-    def __init__(self, *, cache: int, most: int = os.cpu_count() or 1) -> None:
+    def __init__(self, *, cache: int, most: int = 4 * (os.cpu_count() or 1)) -> None:
         self._limit = cache
         self._most = most
         self._busy = 0

@@ -124,8 +124,8 @@ class Node:
 
     def _mount_fuse(self) -> None:
         directory = self.session.directory
+        kernel.umount_all(directory)  # of a process that was killed: looking at it would fail
         Path(directory).mkdir(parents=True, exist_ok=True)
-        kernel.umount_all(str(directory))  # of a process that was killed
         self.session.mount()
 
     async def close(self) -> None:
