@@ -35,7 +35,7 @@ def error_in(body: bytes) -> DadiError | None:
     """Return the error that a response's body holds; None if it holds none of ours."""
     try:
         return error_from(_decoder.decode(body))
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         return None
 
 
@@ -55,7 +55,7 @@ class EventReader:
         for line in lines:
             try:
                 event = _decoder.decode(line)
-            except msgspec.MsgspecError:
+            except (msgspec.MsgspecError, UnicodeDecodeError):
                 raise Unavailable(f"{self._where} sent what is no event: {line[:100]!r}") from None
             if event.get("event") == "error":
                 raise error_from(event)

@@ -61,7 +61,7 @@ class Catalog:
             try:
                 record = msgspec.json.decode(path.read_bytes(), type=ImageRecord)
                 await self._remember(record)
-            except (msgspec.MsgspecError, DadiError, OSError) as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError, DadiError, OSError) as error:
                 log.warning("dropped what was known of an image", file=str(path), why=str(error))
                 path.unlink(missing_ok=True)
 

@@ -52,7 +52,7 @@ def create(node: Node) -> web.Application:
     async def mount(request: web.Request) -> web.StreamResponse:
         try:
             body = msgspec.json.decode(await request.read(), type=MountRequest)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise InvalidRequest(f"not a mount request: {error}") from None
         work = node.mounts.mount(body.image, normalized(body.directory), body.platform or node.platform)
         return await http.stream_events(request, work)

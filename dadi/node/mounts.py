@@ -198,7 +198,7 @@ class Mounts:
         for file in sorted(self._records.glob("*.json")):
             try:
                 record = msgspec.json.decode(file.read_bytes(), type=MountRecord)
-            except (msgspec.MsgspecError, OSError) as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
                 log.warning("dropped a damaged mount record", file=str(file), why=str(error))
                 file.unlink(missing_ok=True)
                 continue

@@ -60,3 +60,10 @@ def test_events_come_whole_whatever_the_pieces() -> None:
     events = [event for at in range(len(data)) for event in reader.feed(data[at : at + 1])]
     assert events == [{"event": "progress", "n": 1}, {"event": "done"}]
     reader.end()
+
+
+@pytest.mark.parametrize("body", [b'{"error":"\xff"}', b'{"\xff":1}', b'"\xff"', b"\xff"])
+def test_what_is_not_utf_8_is_no_error_of_ours(body: bytes) -> None:
+    assert error_in(body) is None
+    with pytest.raises(DadiError):
+        list(EventReader("somebody").feed(body + b"\n"))

@@ -87,8 +87,8 @@ async def test_one_pass_gives_digests_chunks_entries_and_bytes(form: str) -> Non
     assert layers.decode(layers.encode(index)) == index
 
 
-async def test_every_entry_points_at_its_data() -> None:
-    index = await build(pieces_of(FORMS["gzip"]), source_of(FORMS["gzip"]), Sink())
+def test_every_entry_points_at_its_data() -> None:
+    index = asyncio.run(build(pieces_of(FORMS["gzip"]), source_of(FORMS["gzip"]), Sink()))
     with tarfile.open(fileobj=io.BytesIO(TAR)) as tar:
         for info, entry in zip(tar, index.entries, strict=True):
             content = tar.extractfile(info)
@@ -129,6 +129,12 @@ async def test_the_last_chunk_may_be_short(size: int) -> None:
     tar = bytes(size)
     index = await build(pieces_of(tar), source_of(tar, tar), Sink(), chunk_size=MIN_CHUNK_SIZE)
     assert index.table == table_of(tar, MIN_CHUNK_SIZE)
+
+
+@pytest.mark.parametrize("chunk_size", [0, 5000, 1 << 30])
+async def test_a_chunk_size_that_no_table_may_have_is_refused(chunk_size: int) -> None:
+    with pytest.raises(Malformed, match="chunk size"):
+        await build(pieces_of(TAR), source_of(TAR), Sink(), chunk_size=chunk_size)
 
 
 async def test_progress_rises_to_the_whole_size() -> None:
@@ -318,6 +324,16 @@ async def test_what_the_sink_raises_ends_the_pass_at_once(error: Exception) -> N
     with pytest.raises(type(error), match=str(error)):
         await build(pieces, source_of(BIG_TAR, BIG_TAR), Full())
     assert pieces.given < 16 << 20
+    with pytest.raises(type(error), match=str(error)):  # so small a layer that it has all been taken before
+        await build(pieces_of(FORMS["gzip"]), source_of(FORMS["gzip"]), Full())
+
+
+async def test_pieces_that_are_no_bytes_end_the_pass() -> None:
+    async def text() -> AsyncIterator[str]:
+        yield "text"
+
+    with pytest.raises(TypeError):
+        await build(text(), source_of(FORMS["gzip"]), Sink())  # type: ignore[arg-type]
 
 
 async def test_what_on_progress_raises_ends_the_pass() -> None:
