@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import structlog
 
 from dadi.blobs.chain import Chain
-from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.single_flight import runs
 from dadi.blobs.source import Urgency
+from dadi.blobs.store import BlobStore
 from dadi.errors import DadiError
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
@@ -33,8 +33,9 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 class Backfill:
     """See the head of this file."""
 
-    def __init__(self, config: BackfillConfig, store: DiskBlobs, chain: Chain, devices: Devices, demand: Demand,
-                 fallbacks: Fallbacks, clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
+    def __init__(self, config: BackfillConfig, store: BlobStore, chain: Chain, devices: Devices, demand: Demand,
+                 fallbacks: Fallbacks, clock: Callable[[], float] = time.monotonic,
+                 sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:  # fmt: skip
         self._config = config
         self._store = store
         self._chain = chain
@@ -42,6 +43,7 @@ class Backfill:
         self._demand = demand
         self._fallbacks = fallbacks
         self._clock = clock
+        self._sleep = sleep
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._woken_at = 0.0
@@ -85,7 +87,7 @@ class Backfill:
                 pause = _FIRST_PAUSE
             elif self._devices.lazy():
                 self.state = "paused: nothing could be fetched or kept"
-                await asyncio.sleep(pause)
+                await self._sleep(pause)
                 pause = min(pause * 2, _LONGEST_PAUSE)
 
     async def _quiet(self) -> None:
@@ -93,7 +95,7 @@ class Backfill:
         while self._demand.quiet_for() < self._config.quiet:
             if self._clock() - self._woken_at > self._config.longest_wait:
                 return
-            await asyncio.sleep(_LOOK_EVERY)
+            await self._sleep(_LOOK_EVERY)
 
     async def _pass(self) -> bool:
         """Go through the lazy devices once; say whether anything got better."""
@@ -123,13 +125,17 @@ class Backfill:
             await self._keep_to_rate(blob.table.span(run)[1])
             parts = await self._chain.read(blob, run, Urgency.BACKFILL)
             self.bytes += sum(map(len, parts))
+            if await self._store.missing(blob, run):
+                # A full store: to fetch on would load the superpeer for nothing, again and again.
+                self._fallbacks.note("backfill paused: nothing is kept", repr(blob))
+                return
 
     async def _keep_to_rate(self, length: int) -> None:
         if not self._config.rate:
             return
         now = self._clock()
         if self._next_at > now:
-            await asyncio.sleep(self._next_at - now)
+            await self._sleep(self._next_at - now)
         self._next_at = max(now, self._next_at) + length / self._config.rate
 
     def statistics(self) -> dict[str, object]:
