@@ -6,6 +6,7 @@ small and dear. Layers are not held: they can be had from the registry again.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import time
@@ -50,20 +51,20 @@ class Catalog:
         self._images: dict[str, ImageIndex] = {}
         self._layers: dict[str, tuple[str, ImageLayer]] = {}
         self._held = contextlib.ExitStack()
-        directory.mkdir(parents=True, exist_ok=True)
 
     def __repr__(self) -> str:
         return f"Catalog({len(self._records)} references, {len(self._images)} images, {len(self._layers)} layers)"
 
     async def load(self) -> None:
         """Read the records; one that is damaged, or whose index is gone, is dropped: it is made again on demand."""
-        for path in sorted(self._directory.glob("*.json")):
+        await asyncio.to_thread(self._directory.mkdir, parents=True, exist_ok=True)
+        for path in await asyncio.to_thread(lambda: sorted(self._directory.glob("*.json"))):
             try:
-                record = msgspec.json.decode(path.read_bytes(), type=ImageRecord)
-                await self._remember(record)
+                raw = await asyncio.to_thread(path.read_bytes)
+                await self._remember(msgspec.json.decode(raw, type=ImageRecord))
             except (msgspec.MsgspecError, UnicodeDecodeError, DadiError, OSError) as error:
                 log.warning("dropped what was known of an image", file=str(path), why=str(error))
-                path.unlink(missing_ok=True)
+                await asyncio.to_thread(path.unlink, missing_ok=True)
 
     def find(self, reference: str, platform: str) -> ImageRecord | None:
         """Return the record, however old."""
@@ -129,7 +130,8 @@ class Catalog:
             self._layers[layer.diff_id] = (record.reference, layer)
         self._records[record.reference, record.platform] = record
         key = hashlib.sha256(f"{record.reference}|{record.platform}".encode()).hexdigest()
-        write_durably(self._directory / f"{key[:32]}.json", msgspec.json.encode(record))
+        file = self._directory / f"{key[:32]}.json"
+        await asyncio.to_thread(write_durably, file, msgspec.json.encode(record))
 
     def close(self) -> None:
         """Let go of what is held."""

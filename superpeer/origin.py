@@ -93,7 +93,7 @@ class Origin:
                                           on_progress=lambda done: self._progress(descriptor.digest, done))  # fmt: skip
             await self._store.commit(ingest, Blob(index.diff_id, index.table))
         finally:
-            ingest.abort()
+            await asyncio.to_thread(ingest.abort)
         return index
 
     def _progress(self, key: str, done: int) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import hypothesis
 import pytest
+from blockbuster import blockbuster_ctx
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,3 +45,13 @@ def nothing_is_left_for_the_collector() -> Iterator[None]:
     """Collect after each test, so that an unclosed socket or an unawaited task is blamed on the test that left it."""
     yield
     gc.collect(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_blocks_the_event_loop(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Raise BlockingError where our code makes a call on the event loop that may wait for a disk or a network."""
+    with blockbuster_ctx(scanned_modules=["dadi", "superpeer", "fuse"]) as blockbuster:
+        for function in blockbuster.functions.values():
+            # Opening a store blocks, and says so: programs do it in a thread, tests need not.
+            function.can_block_in("dadi/blobs/disk.py", {"__init__", "_load"})
+        yield

@@ -92,7 +92,8 @@ class DiskBlobs:
 
         Raises Conflict if another process uses it.
         """
-        self.root = root
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.root = root = root.resolve()
         self.limit = limit
         self._clock = clock
         self._blobs: dict[str, _Stored] = {}
@@ -103,6 +104,7 @@ class DiskBlobs:
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="store")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
+        self._leaving: dict[str, asyncio.Future[None]] = {}
         # Blobs come into being one after the other, so that no two writers make the same one.
         self._changing = asyncio.Lock()
         (root / "blobs").mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -149,7 +151,7 @@ class DiskBlobs:
             return
         self._closed = True
         await self._run(self._sync_all, [s for s in self._blobs.values() if not s.complete])
-        self._threads.shutdown()
+        await asyncio.to_thread(self._threads.shutdown)
         os.close(self._lock)
 
     def _sync_all(self, partial: list[_Stored]) -> None:
@@ -269,7 +271,8 @@ class DiskBlobs:
                 if old.holds:
                     hint = "unmount what uses it first"
                     raise StoreFull(f"{blob} is held here with another chunk table", hint=hint)
-                await self._drop(old)
+                await self._discard(old)
+            await self._until_left(blob.digest)
             directory = BlobDirectory.of(self.root, blob.digest)
             try:
                 await self._run(directory.create, blob)
@@ -309,10 +312,9 @@ class DiskBlobs:
     async def commit(self, ingest: object, blob: Blob) -> None:
         """Move the ingested file into place."""
         assert isinstance(ingest, DiskIngest)
-        if ingest.size != blob.size:
-            ingest.abort()
-            raise DigestMismatch(f"{ingest.size} bytes were written of {blob}")
         try:
+            if ingest.size != blob.size:
+                raise DigestMismatch(f"{ingest.size} bytes were written of {blob}")
             async with self._changing:
                 stored = self._blobs.get(blob.digest)
                 if stored is None or not (stored.complete or stored.holds):
@@ -323,11 +325,12 @@ class DiskBlobs:
                 await self._run(ingest.seal)
                 await self._fill_from(stored, ingest.path)
         finally:
-            ingest.abort()
+            await self._run(ingest.abort)
 
     async def _move_in(self, ingest: DiskIngest, blob: Blob, partial: _Stored | None) -> None:
         if partial is not None:
-            await self._drop(partial)
+            await self._discard(partial)
+        await self._until_left(blob.digest)
         self._make_room(blob.size)
         directory = BlobDirectory.of(self.root, blob.digest)
         try:
@@ -354,7 +357,7 @@ class DiskBlobs:
             try:
                 await self._run(ingest.write, data)
             except BaseException:
-                ingest.abort()
+                await self._run(ingest.abort)
                 raise
             await self.commit(ingest, blob)
         return blob
@@ -413,7 +416,7 @@ class DiskBlobs:
         if not self.limit:
             return
         while self._bytes + more > self.limit:
-            if not self._evict_one():
+            if self._evict_one() is None:
                 raise StoreFull(f"the store's limit of {self.limit} bytes is reached by blobs in use",
                                 hint=RAISE_LIMIT)  # fmt: skip
 
@@ -422,42 +425,50 @@ class DiskBlobs:
         assert self._loop is not None
 
         async def evict() -> bool:
-            return self._evict_one()
+            gone = self._evict_one()
+            if gone is None:
+                return False
+            await gone
+            return True
 
         return asyncio.run_coroutine_threadsafe(evict(), self._loop).result()
 
-    def _evict_one(self) -> bool:
+    def _evict_one(self) -> asyncio.Future[None] | None:
+        """Forget the blob that was not used for longest; its files go in a thread. None if all are in use."""
         free = [stored for stored in self._blobs.values() if not stored.holds]
         if not free:
-            return False
+            return None
         victim = min(free, key=lambda stored: stored.used_at)
         log.info("evicted a blob", blob=victim.blob.digest, bytes=victim.bytes)
-        self._forget(victim)
         self._evicted += 1
-        # Renamed first, so that the digest can be taken in again at once; emptied in a thread.
-        self._threads.submit(shutil.rmtree, self._renamed(victim), ignore_errors=True)
-        return True
+        return self._discard(victim)
 
-    async def _drop(self, stored: _Stored) -> None:
-        self._forget(stored)
-        await self._run(shutil.rmtree, self._renamed(stored), ignore_errors=True)
-
-    def _renamed(self, stored: _Stored) -> Path:
-        # On the loop, though it is a system call: it must be one step with `_forget`.
-        target = self.root / "incoming" / f"{next(self._names)}.old"
-        os.rename(stored.directory.path, target)
-        return target
-
-    def _forget(self, stored: _Stored) -> None:
-        del self._blobs[stored.blob.digest]
+    def _discard(self, stored: _Stored) -> asyncio.Future[None]:
+        digest = stored.blob.digest
+        del self._blobs[digest]
         self._bytes -= stored.bytes
+        loop = asyncio.get_running_loop()
+        gone = loop.run_in_executor(self._threads, files.remove, stored.directory)
+        self._leaving[digest] = gone
+        gone.add_done_callback(lambda done: self._left(digest, done))
+        return gone
+
+    def _left(self, digest: str, done: asyncio.Future[None]) -> None:
+        if self._leaving.get(digest) is done:
+            del self._leaving[digest]
+
+    async def _until_left(self, digest: str) -> None:
+        """Wait until the files of an earlier life of this blob are gone."""
+        leaving = self._leaving.get(digest)
+        if leaving is not None:
+            await asyncio.wait([leaving])
 
     async def remove(self, digest: str) -> bool:
         """Throw a blob away unless it is in use; say whether it was."""
         stored = self._blobs.get(digest)
         if stored is None or stored.holds:
             return False
-        await self._drop(stored)
+        await self._discard(stored)
         return True
 
     def statistics(self) -> dict[str, int]:

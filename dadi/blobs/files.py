@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,3 +161,8 @@ def move_in(ingest: DiskIngest, directory: BlobDirectory, blob: Blob) -> None:
     directory.write_table(blob)
     directory.mark_complete()
     sync_directory(directory.path.parent)
+
+
+def remove(directory: BlobDirectory) -> None:
+    """Throw a blob's files away. A process that ends half-way leaves what the next one throws away."""
+    shutil.rmtree(directory.path, ignore_errors=True)

@@ -25,7 +25,7 @@ class Ingest(Protocol):
         ...
 
     def abort(self) -> None:
-        """Throw away what was written. Nothing happens if it was committed or aborted before."""
+        """Throw away what was written; in a worker thread. Nothing happens if it was committed or aborted before."""
         ...
 
 

@@ -79,7 +79,6 @@ class Mounts:
         self._on_mount = on_mount
         self._mounts: dict[str, Mount] = {}
         self._busy: set[str] = set()
-        directory.mkdir(parents=True, exist_ok=True)
 
     def __repr__(self) -> str:
         return f"Mounts({len(self._mounts)})"
@@ -195,12 +194,13 @@ class Mounts:
 
     async def restore(self) -> None:
         """Have what was mounted before this process mounted again; what cannot be is logged and stays recorded."""
-        for file in sorted(self._records.glob("*.json")):
+        await asyncio.to_thread(self._records.mkdir, parents=True, exist_ok=True)
+        for file in await asyncio.to_thread(lambda: sorted(self._records.glob("*.json"))):
             try:
-                record = msgspec.json.decode(file.read_bytes(), type=MountRecord)
+                record = msgspec.json.decode(await asyncio.to_thread(file.read_bytes), type=MountRecord)
             except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
                 log.warning("dropped a damaged mount record", file=str(file), why=str(error))
-                file.unlink(missing_ok=True)
+                await asyncio.to_thread(file.unlink, missing_ok=True)
                 continue
             try:
                 mount = await self._adopt(record)
@@ -224,7 +224,7 @@ class Mounts:
         if len(blobs) != len(record.devices):
             return None
         for blob, name in zip(blobs, record.devices, strict=True):
-            path = str(self._store.data_path(blob).resolve())
+            path = str(self._store.data_path(blob))
             if not self._store.has(blob.digest) or await asyncio.to_thread(kernel.loop_backing, name) != path:
                 return None
         devices = [await self._devices.acquire(blob, adopt=name)

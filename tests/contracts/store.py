@@ -128,8 +128,8 @@ class StoreContract:
     async def test_an_aborted_ingest_leaves_nothing(self, store: BlobStore) -> None:
         ingest = store.ingest()
         await asyncio.to_thread(ingest.write, content(C))
-        ingest.abort()
-        ingest.abort()
+        await asyncio.to_thread(ingest.abort)
+        await asyncio.to_thread(ingest.abort)
         assert store.statistics()["bytes"] == 0
 
     async def test_committing_the_same_blob_at_once_counts_it_once(self, store: BlobStore) -> None:
@@ -191,7 +191,7 @@ class StoreContract:
         ingest = store.ingest()
         with pytest.raises(StoreFull):
             await asyncio.to_thread(ingest.write, content(LIMIT + 1))
-        ingest.abort()
+        await asyncio.to_thread(ingest.abort)
         assert store.statistics()["bytes"] == 0
 
     async def test_another_table_for_a_complete_blob_reads_its_true_bytes(self, store: BlobStore) -> None:

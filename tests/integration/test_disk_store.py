@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import shutil
@@ -138,7 +139,7 @@ async def test_half_made_and_foreign_things_in_the_store_are_thrown_away(tmp_pat
     store = DiskBlobs(tmp_path)
     blob = await take_in(store, data)
     ingest = store.ingest()
-    ingest.write(b"half")
+    await asyncio.to_thread(ingest.write, b"half")
     crash(store)
     ingest.path.with_name("left").touch()
     (tmp_path / "blobs" / "not-a-digest").mkdir()

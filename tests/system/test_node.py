@@ -171,7 +171,7 @@ async def test_a_stopped_node_unmounts_what_is_lazy_and_mounts_it_again_without_
             await mounted(node, f"{registry.host}/team/app:1", target)
             await read(target / "big.bin")
             fetched = node.statistics()["bytes"]["fetched"]
-        assert not kernel.is_mounted(str(target))
+        assert not await in_thread(lambda: kernel.is_mounted(target))
         async with node_of(tmp_path, run.url) as again:
             assert again.statistics()["mounts"][0]["state"] == "lazy"
             assert await read(target / "big.bin") == BIG
@@ -271,7 +271,7 @@ async def test_a_mount_in_use_is_busy_and_a_forced_unmount_frees_it_while_reads_
         with pytest.raises(OSError) as error:  # noqa: PT011  # the errno is looked at below
             await reader
         assert error.value.errno == errno.EIO
-        assert not kernel.is_mounted(str(target))
+        assert not await in_thread(lambda: kernel.is_mounted(target))
         await until(lambda: loops_below(tmp_path) == [])
         await stack.aclose()
 
