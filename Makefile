@@ -1,0 +1,27 @@
+# Every verb makes itself ready first (scripts/setup, quick when there is nothing to do).
+PYTHON := .venv/bin/python
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench clean
+
+help:           ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */make \1\t/' | expand -t 14
+
+setup:          ## install what is missing: Debian packages (as root) and .venv
+	@scripts/setup
+
+demo: setup     ## show the main job with real parts (root); ARGS="--help" for options
+	@$(PYTHON) -m demo $(ARGS)
+
+test: setup     ## all tests; what this machine cannot run is skipped with its reason; ARGS="-k name" selects
+	@$(PYTHON) -m pytest $(ARGS)
+
+check: setup    ## ruff and mypy
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy
+
+bench: setup    ## measure speed and memory (root), write bench/results; ARGS="first_line" selects
+	@$(PYTHON) -m bench $(ARGS)
+
+clean:          ## remove caches and .venv; bench/results stays
+	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
