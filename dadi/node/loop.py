@@ -7,10 +7,10 @@ and sets up in one step:
     loop_info64   0 u64 device, inode, rdevice  24 u64 offset  32 u64 sizelimit (0: all)  40 u32 number, encrypt_type,
                   encrypt_key_size  52 u32 flags  56 file_name[64]  120 crypt_name[64]  184 encrypt_key[32]  216 init[2]
 
-Direct I/O, always: the kernel then keeps up to 128 reads of a device under way, and one whose bytes are missing holds up
-none of the others. A buffered loop device reads one piece after the other, so that every hit would stand behind the
-first miss; it would also keep each block in memory twice. AUTOCLEAR, always: the device ends with its last user, the
-mount or our descriptor, so nothing is left behind if our process is killed.
+Direct I/O, always: the kernel then keeps up to 128 reads of a device under way, and one whose bytes are missing holds
+up none of the others. A buffered loop device reads one piece after the other, so that every hit would stand behind
+the first miss; it would also keep each block in memory twice. AUTOCLEAR, always: the device ends with its last user,
+the mount or our descriptor, so nothing is left behind if our process is killed.
 
 Everything here blocks, and some of it waits for reads that are under way: call it in threads.
 """
