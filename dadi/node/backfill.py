@@ -46,7 +46,7 @@ class Backfill:
         self._sleep = sleep
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._woken_at = 0.0
+        self._woken_at = self._first_woken_at = 0.0
         self._next_at = 0.0
         self.bytes = 0
         self.state = "idle"
@@ -58,6 +58,8 @@ class Backfill:
     def wake(self) -> None:
         """There is something new to fetch."""
         self._woken_at = self._clock()
+        if not self._wake.is_set():
+            self._first_woken_at = self._woken_at
         self._wake.set()
 
     async def close(self) -> None:
@@ -92,8 +94,9 @@ class Backfill:
 
     async def _quiet(self) -> None:
         self.state = "waiting for quiet"
-        while self._demand.quiet_for() < self._config.quiet:
-            if self._clock() - self._woken_at > self._config.longest_wait:
+        # A program that has just been mounted has not read anything yet: that is no quiet.
+        while min(self._demand.quiet_for(), self._clock() - self._woken_at) < self._config.quiet:
+            if self._clock() - self._first_woken_at > self._config.longest_wait:
                 return
             await self._sleep(_LOOK_EVERY)
 

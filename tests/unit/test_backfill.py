@@ -77,8 +77,9 @@ class World:
 async def worlds() -> AsyncIterator[Any]:
     made: list[World] = []
 
-    def make(**options: Any) -> World:
+    def make(idle: float = 0.0, **options: Any) -> World:
         made.append(World(BackfillConfig(**options)))
+        made[-1].now += idle
         made[-1].backfill.start()
         made[-1].backfill.wake()
         return made[-1]
@@ -107,6 +108,12 @@ async def test_it_begins_after_the_quiet_period(worlds: Any) -> None:
     world = worlds(quiet=2.0)
     await world.until_local()
     assert 2.0 <= world.now < 3.0
+
+
+async def test_the_quiet_before_a_mount_does_not_count(worlds: Any) -> None:
+    world = worlds(quiet=2.0, idle=1000.0)
+    await world.until_local()
+    assert 1002.0 <= world.now < 1003.0
 
 
 async def test_it_begins_in_the_end_even_if_it_never_gets_quiet(worlds: Any) -> None:
