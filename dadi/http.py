@@ -67,10 +67,18 @@ async def request(
 
 async def _error_of(response: aiohttp.ClientResponse, what: str) -> DadiError:
     error = error_in(await response.content.read(_MAX_ERROR_BODY))
-    if error is not None:
+    asked = response.headers.get("Retry-After", "")
+    retry_after = float(asked) if asked.isdigit() and len(asked) < 6 else None
+    if error is None:
+        text = f"{what}: {response.url} answered {response.status} {response.reason}"
+    elif isinstance(error, Unavailable) or type(error) is DadiError:
+        # "A fault of ours" over there is somebody who cannot answer now, seen from here.
+        text = f"{what}: {response.url.origin()}: {error.message}"
+    else:
         return error
-    text = f"{what}: {response.url} answered {response.status} {response.reason}"
-    return Unavailable(text) if response.status >= 500 else InvalidRequest(text)
+    if response.status >= 500 or response.status == 429:
+        return Unavailable(text, retry_after=retry_after, hint=error.hint if error else None)
+    return InvalidRequest(text)
 
 
 async def events(response: aiohttp.ClientResponse) -> AsyncIterator[Event]:

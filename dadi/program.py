@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -43,9 +44,16 @@ def daemon(
 
 
 async def _until_stopped(name: str, loaded: Any, serve: Callable[[Any, asyncio.Event], Awaitable[None]]) -> None:
+    _raise_descriptor_limit()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await serve(loaded, stop)
     logger.info("stopped", program=name)
+
+
+def _raise_descriptor_limit() -> None:
+    """Use as many descriptors as the system allows: each connection, device and blob in use takes some."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

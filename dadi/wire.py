@@ -34,9 +34,11 @@ def error_from(fields: Event) -> DadiError:
 def error_in(body: bytes) -> DadiError | None:
     """Return the error that a response's body holds; None if it holds none of ours."""
     try:
-        return error_from(_decoder.decode(body))
+        fields = _decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return None
+    ours = isinstance(fields.get("error"), str) and isinstance(fields.get("message"), str)
+    return error_from(fields) if ours else None
 
 
 class EventReader:

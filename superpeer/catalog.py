@@ -21,6 +21,7 @@ from dadi.blobs.store import BlobStore
 from dadi.errors import DadiError, NotFound
 from dadi.index import image as image_index
 from dadi.index.image import ImageIndex, ImageLayer
+from dadi.oci.reference import Reference
 
 log = structlog.get_logger()
 
@@ -43,14 +44,18 @@ class ImageRecord(msgspec.Struct, frozen=True):
 class Catalog:
     """The records, in memory and under `directory`."""
 
-    def __init__(self, directory: Path, store: BlobStore, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, directory: Path, store: BlobStore, *, most: int = 2000, clock: Callable[[], float] = time.time
+    ) -> None:
+        """`most`: records that are kept; the ones that were asked for least recently go first."""
         self._directory = directory
         self._store = store
         self._clock = clock
+        self._most = most
         self._records: dict[tuple[str, str], ImageRecord] = {}
         self._images: dict[str, ImageIndex] = {}
         self._layers: dict[str, tuple[str, ImageLayer]] = {}
-        self._held = contextlib.ExitStack()
+        self._held: dict[str, contextlib.ExitStack] = {}
 
     def __repr__(self) -> str:
         return f"Catalog({len(self._records)} references, {len(self._images)} images, {len(self._layers)} layers)"
@@ -62,7 +67,9 @@ class Catalog:
             try:
                 raw = await asyncio.to_thread(path.read_bytes)
                 await self._remember(msgspec.json.decode(raw, type=ImageRecord))
-            except (msgspec.MsgspecError, UnicodeDecodeError, DadiError, OSError) as error:
+            except OSError as error:
+                log.error("could not read what is known of an image", file=str(path), why=str(error))
+            except (msgspec.MsgspecError, UnicodeDecodeError, DadiError) as error:
                 log.warning("dropped what was known of an image", file=str(path), why=str(error))
                 await asyncio.to_thread(path.unlink, missing_ok=True)
 
@@ -102,21 +109,33 @@ class Catalog:
         record = ImageRecord(
             reference, platform, top_digest, index.manifest_digest, blob.digest, blob.size, self._clock()
         )
-        await self._remember(record)
-        return record
+        return await self._keep(record)
 
     async def confirm(self, record: ImageRecord, reference: str, platform: str, top_digest: str) -> ImageRecord:
         """Remember that the registry said so just now, be it of another reference or platform."""
         record = msgspec.structs.replace(
             record, reference=reference, platform=platform, top_digest=top_digest, resolved_at=self._clock()
         )
+        return await self._keep(record)
+
+    async def _keep(self, record: ImageRecord) -> ImageRecord:
+        old = self._records.get((record.reference, record.platform))
+        if old is not None and old.index_digest != record.index_digest:
+            # The tag has moved. Nodes still run the old image: it stays known, by its digest.
+            pinned = Reference.parse(old.reference).at(old.manifest_digest)
+            old = msgspec.structs.replace(old, reference=str(pinned), top_digest=old.manifest_digest)
+            await self._remember(old)
+            await self._write(old)
         await self._remember(record)
+        await self._write(record)
+        while len(self._records) > self._most:
+            await self._forget(min(self._records.values(), key=lambda r: r.resolved_at))
         return record
 
     async def _remember(self, record: ImageRecord) -> None:
         index = self._images.get(record.index_digest)
         if index is None:
-            index = image_index.decode(await self._store.get(record.index_digest))
+            index = await asyncio.to_thread(image_index.decode, await self._store.get(record.index_digest))
             needed = (record.index_digest, index.metadata.digest, *(layer.index_digest for layer in index.layers))
             with contextlib.ExitStack() as holds:
                 for digest in needed:
@@ -124,15 +143,36 @@ class Catalog:
                     if blob is None or not self._store.has(digest):
                         raise NotFound(f"{digest}, which {record.reference} needs, is no longer in the store")
                     holds.enter_context(self._store.hold(blob))
-                self._held.push(holds.pop_all())
+                self._held[record.index_digest] = holds.pop_all()
             self._images[record.index_digest] = index
         for layer in index.layers:
             self._layers[layer.diff_id] = (record.reference, layer)
         self._records[record.reference, record.platform] = record
+
+    async def _forget(self, record: ImageRecord) -> None:
+        """Drop a record; with the last one of an image, let go of its index and metadata."""
+        del self._records[record.reference, record.platform]
+        await asyncio.to_thread(self._file(record).unlink, missing_ok=True)
+        if any(other.index_digest == record.index_digest for other in self._records.values()):
+            return
+        self._held.pop(record.index_digest).close()
+        del self._images[record.index_digest]
+        kept = [(other.reference, self._images[other.index_digest]) for other in self._records.values()]
+        self._layers = {layer.diff_id: (name, layer) for name, index in kept for layer in index.layers}
+
+    async def _write(self, record: ImageRecord) -> None:
+        try:
+            await asyncio.to_thread(write_durably, self._file(record), msgspec.json.encode(record))
+        except OSError as error:
+            # Known until the next restart: good enough to answer with.
+            log.error("could not write what is known of an image", image=record.reference, why=str(error))
+
+    def _file(self, record: ImageRecord) -> Path:
         key = hashlib.sha256(f"{record.reference}|{record.platform}".encode()).hexdigest()
-        file = self._directory / f"{key[:32]}.json"
-        await asyncio.to_thread(write_durably, file, msgspec.json.encode(record))
+        return self._directory / f"{key[:32]}.json"
 
     def close(self) -> None:
         """Let go of what is held."""
-        self._held.close()
+        for holds in self._held.values():
+            holds.close()
+        self._held.clear()

@@ -47,6 +47,7 @@ class SuperpeerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tag_ttl: Annotated[
         float, described("how long a tag is believed without asking the registry", SECONDS, at_least=0)
     ] = 60.0
+    most_images: Annotated[int, described("how many references are remembered; the oldest go first", at_least=1)] = 2000
     compressed_cache: Annotated[
         int, described("memory for compressed ranges; 0: nothing is sent compressed", SIZE, at_least=0)
     ] = 64 << 20

@@ -7,11 +7,13 @@ EROFS metadata, in a thread; (3) the image index.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import msgspec
 
 from dadi.blobs.disk import DiskBlobs
 from dadi.erofs import writer as erofs
+from dadi.index.chunks import Blob
 from dadi.index.image import VERSION, ImageIndex, ImageLayer
 from dadi.index.layer import LayerIndex
 from dadi.oci.manifest import Descriptor
@@ -44,7 +46,15 @@ class Indexer:
         progress.stage = "indexing layers"
         progress.layers = len(resolved.manifest.layers)
         pairs = list(zip(resolved.manifest.layers, resolved.diff_ids, strict=True))
-        done = await _all([self._layer(reference, layer, diff_id, progress) for layer, diff_id in pairs])
+        with contextlib.ExitStack() as holds:
+            # Held until all are here: else, in a small store, the last layer would evict the first, and reading the
+            # image would fetch whole layers over and over. As it is, StoreFull says that the image does not fit.
+            work = [self._layer(reference, layer, diff_id, progress, holds) for layer, diff_id in pairs]
+            return await self._merged(resolved, progress, await _all(work))
+
+    async def _merged(
+        self, resolved: ResolvedImage, progress: Progress, done: list[tuple[LayerIndex, ImageLayer]]
+    ) -> ImageIndex:
         progress.stage = "writing metadata"
         metadata = await asyncio.to_thread(erofs.write, [index for index, _ in done])
         blob = await self._store.put(metadata.image)
@@ -60,7 +70,7 @@ class Indexer:
         )
 
     async def _layer(self, reference: Reference, descriptor: Descriptor, diff_id: str,
-                     progress: Progress) -> tuple[LayerIndex, ImageLayer]:  # fmt: skip
+                     progress: Progress, holds: contextlib.ExitStack) -> tuple[LayerIndex, ImageLayer]:  # fmt: skip
         known = self._catalog.layer_by_digest(descriptor.digest)
         if known is not None and known.diff_id == diff_id and self._store.has(known.index_digest):
             index = await self._origin.known(known.index_digest)
@@ -75,6 +85,7 @@ class Indexer:
             before = done
 
         index, blob = await self._origin.bring(reference, descriptor, diff_id, advance)
+        holds.enter_context(self._store.hold(Blob(diff_id, index.table)))
         advance(descriptor.size)
         progress.layers_done += 1
         layer = ImageLayer(descriptor.digest, descriptor.size, descriptor.media_type, diff_id, index.table,

@@ -38,8 +38,8 @@ class Origin:
         self._chunk_size = chunk_size
         self._limits = limits
         self._slots = asyncio.Semaphore(parallel)
-        self._passes: dict[str, asyncio.Task[tuple[LayerIndex, Blob]]] = {}
-        self._watchers: dict[str, list[OnProgress]] = {}
+        self._passes: dict[tuple[str, str], asyncio.Task[tuple[LayerIndex, Blob]]] = {}
+        self._watchers: dict[tuple[str, str], list[OnProgress]] = {}
         self.layers = 0
         self.bytes = 0
         """Compressed bytes that came from registries."""
@@ -53,7 +53,8 @@ class Origin:
 
         Raises what the registry client and the builder raise; StoreFull.
         """
-        key = descriptor.digest
+        # With the diff ID: an image whose config lies about a layer must not get what an honest one is fetching.
+        key = (descriptor.digest, diff_id)
         if on_progress:
             self._watchers.setdefault(key, []).append(on_progress)
         task = self._passes.get(key)
@@ -62,11 +63,11 @@ class Origin:
             task.add_done_callback(lambda done: self._landed(key, done))
         return await asyncio.shield(task)
 
-    def _landed(self, key: str, task: asyncio.Task[tuple[LayerIndex, Blob]]) -> None:
+    def _landed(self, key: tuple[str, str], task: asyncio.Task[tuple[LayerIndex, Blob]]) -> None:
         del self._passes[key]
         self._watchers.pop(key, None)
         if not task.cancelled() and task.exception():
-            log.warning("a layer could not be brought", layer=key, why=str(task.exception()))
+            log.warning("a layer could not be brought", layer=key[0], why=str(task.exception()))
 
     async def _pass(self, reference: Reference, descriptor: Descriptor, diff_id: str) -> tuple[LayerIndex, Blob]:
         async with self._slots:
@@ -87,18 +88,19 @@ class Origin:
     ) -> LayerIndex:
         source = build.LayerSource(descriptor.digest, descriptor.size, descriptor.media_type, diff_id)
         ingest = self._store.ingest()
+
+        def progress(done: int) -> None:
+            for watch in self._watchers.get((descriptor.digest, diff_id), ()):
+                watch(done)
+
         try:
             async with contextlib.aclosing(self._registry.blob(reference, descriptor, mirrors=mirrors)) as pieces:
                 index = await build.build(pieces, source, ingest, chunk_size=self._chunk_size, limits=self._limits,
-                                          on_progress=lambda done: self._progress(descriptor.digest, done))  # fmt: skip
+                                          on_progress=progress)  # fmt: skip
             await self._store.commit(ingest, Blob(index.diff_id, index.table))
         finally:
             await asyncio.to_thread(ingest.abort)
         return index
-
-    def _progress(self, key: str, done: int) -> None:
-        for watch in self._watchers.get(key, ()):
-            watch(done)
 
     async def known(self, index_digest: str) -> LayerIndex:
         """Return the index of a layer that was brought before, from the store; raise NotFound if it is gone."""

@@ -18,10 +18,11 @@ import msgspec
 
 from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.source import Urgency
-from dadi.errors import NotFound, Unavailable
+from dadi.errors import NotFound, StoreFull, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.index import build, image
 from dadi.index.chunks import Blob
+from dadi.index.image import ImageLayer
 from dadi.oci import platforms
 from dadi.oci.manifest import Descriptor
 from dadi.oci.platforms import Platform
@@ -31,6 +32,9 @@ from superpeer.catalog import Catalog, ImageRecord
 from superpeer.config import SuperpeerConfig
 from superpeer.indexing import Indexer, Progress
 from superpeer.origin import Origin
+
+_FULL_FOR = 10.0
+"""Seconds that a full store is believed to stay full."""
 
 
 class Resolving(msgspec.Struct):
@@ -48,7 +52,7 @@ class Superpeer:
         self.store = store
         self.fallbacks = fallbacks
         self.registry = RegistryClient(config.registry)
-        self.catalog = Catalog(Path(config.state) / "images", store)
+        self.catalog = Catalog(Path(config.state) / "images", store, most=config.most_images)
         self.origin = Origin(
             store,
             self.registry,
@@ -58,6 +62,7 @@ class Superpeer:
             limits=build.Limits(max_uncompressed_size=config.indexing.max_layer_size),
         )
         self._indexer = Indexer(store, self.catalog, self.origin)
+        self._full_until = 0.0
         self._resolving: dict[tuple[str, str], Resolving] = {}
 
     def __repr__(self) -> str:
@@ -125,10 +130,21 @@ class Superpeer:
             raise NotFound(f"no image that this superpeer knows has the blob {digest}", hint=hint)
         reference, layer = found
         if not self.store.has(digest):
-            self.fallbacks.note("blob was evicted, fetched again", digest)
-            descriptor = Descriptor(media_type=layer.media_type, digest=layer.layer_digest, size=layer.layer_size)
-            await self.origin.bring(Reference.parse(reference), descriptor, digest)
+            await self._bring_again(reference, layer, digest)
         return layer.blob
+
+    async def _bring_again(self, reference: str, layer: ImageLayer, digest: str) -> None:
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._full_until:
+            # Whoever waits asks again soon; to stream a layer from the registry for each time would be a storm.
+            raise StoreFull(f"the store had no room for {digest} a moment ago", hint="raise store.limit")
+        self.fallbacks.note("blob was evicted, fetched again", digest)
+        descriptor = Descriptor(media_type=layer.media_type, digest=layer.layer_digest, size=layer.layer_size)
+        try:
+            await self.origin.bring(Reference.parse(reference), descriptor, digest)
+        except StoreFull:
+            self._full_until = loop.time() + _FULL_FOR
+            raise
 
     async def read(self, blob: Blob, chunks: range, urgency: Urgency = Urgency.DEMAND) -> list[bytes]:
         """Be the source of an embedding node, whose own store has been asked already."""

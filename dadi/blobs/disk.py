@@ -28,10 +28,10 @@ import structlog
 
 from dadi import digest as digests
 from dadi.blobs import files
-from dadi.blobs.files import RAISE_LIMIT, DiskIngest, full_or_broken
+from dadi.blobs.files import NO_SPACE, RAISE_LIMIT, DiskIngest, full_or_broken
 from dadi.blobs.layout import BlobDirectory, padded, sync_directory
 from dadi.blobs.source import Urgency
-from dadi.errors import Conflict, DigestMismatch, Malformed, NotFound, StoreFull
+from dadi.errors import Conflict, DadiError, DigestMismatch, Malformed, NotFound, StoreFull
 from dadi.index.chunks import Blob, blob_of
 
 log = structlog.get_logger()
@@ -55,6 +55,8 @@ class _Stored:
             present = bytearray(count)
         self.present = present
         self.holds = 0
+        self.refused = False
+        """Its chunk table lied: nothing by that table is kept any more."""
         self.used_at = 0.0
         self.bytes = blob.size if self.complete else self._count_bytes()
 
@@ -102,8 +104,11 @@ class DiskBlobs:
         self._recovered = 0
         self._names = itertools.count()
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="store")
+        # Of their own: a write that met a full disk waits in a thread of `_threads` until something was removed.
+        self._removals = ThreadPoolExecutor(1, thread_name_prefix="store-removal")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
+        self._coming = 0
         self._leaving: dict[str, asyncio.Future[None]] = {}
         # Blobs come into being one after the other, so that no two writers make the same one.
         self._changing = asyncio.Lock()
@@ -150,8 +155,10 @@ class DiskBlobs:
         if self._closed:
             return
         self._closed = True
-        await self._run(self._sync_all, [s for s in self._blobs.values() if not s.complete])
+        # First let end what still writes: `present` must not become durable before its data.
         await asyncio.to_thread(self._threads.shutdown)
+        await asyncio.to_thread(self._removals.shutdown)
+        await asyncio.to_thread(self._sync_all, [s for s in self._blobs.values() if not s.complete])
         os.close(self._lock)
 
     def _sync_all(self, partial: list[_Stored]) -> None:
@@ -244,14 +251,12 @@ class DiskBlobs:
     async def keep(self, blob: Blob, first: int, parts: list[bytes]) -> None:
         """Write, then mark."""
         stored = self._entry(blob) or await self._create(blob)
-        if stored.complete or not parts:
+        if stored.complete or stored.refused or not parts:
             return
-        with self._using(stored):
-            self._make_room(sum(map(len, parts)))
-            try:
-                await self._run(files.write_chunks, stored.directory, blob, first, parts)
-            except OSError as error:
-                raise full_or_broken(stored.directory.data, error) from None
+        with self._using(stored), self._reserved(sum(map(len, parts))):
+            await self._writing(stored.directory, files.write_chunks, stored.directory, blob, first, parts)
+            if stored.refused:
+                return
             for chunk, part in enumerate(parts, first):
                 if not stored.present[chunk]:
                     stored.present[chunk] = 1
@@ -275,10 +280,10 @@ class DiskBlobs:
             await self._until_left(blob.digest)
             directory = BlobDirectory.of(self.root, blob.digest)
             try:
-                await self._run(directory.create, blob)
-            except OSError as error:
-                await self._run(shutil.rmtree, directory.path, ignore_errors=True)
-                raise full_or_broken(directory.path, error) from None
+                await self._writing(directory, directory.create, blob)
+            except DadiError:
+                await self._run(files.remove, directory)
+                raise
             stored = self._blobs[blob.digest] = _Stored(directory, blob, bytearray(blob.table.count), trusted=True)
             stored.used_at = self._clock()
             return stored
@@ -291,18 +296,43 @@ class DiskBlobs:
         if stored is None or await self.missing(blob):
             raise NotFound(f"{blob} is not all in {self.root}")
         with self._using(stored):
-            digest = await self._run(files.hash_and_sync, stored.directory, blob.size)
-            if digest != blob.digest:
-                stored.present[:] = bytes(blob.table.count)
-                self._bytes -= stored.bytes
-                stored.bytes = 0
-                await self._run(stored.directory.present.write_bytes, bytes(blob.table.count))
+            try:
+                good = await self._run(files.complete, stored.directory, blob)
+            except OSError as error:
+                self._withdraw(stored)
+                raise full_or_broken(stored.directory.path, error) from None
+            if not good:
+                # No await from here to the raise: nobody may keep a chunk by the same table in between.
+                stored.refused = True
+                self._withdraw(stored)
                 raise DigestMismatch(
                     f"all chunks of {blob} match its chunk table, but the whole does not match its digest",
                     hint="the chunk table is wrong: ask the superpeer to index the image again",
                 )
-            await self._run(stored.directory.mark_complete)
             stored.complete = True
+
+    def _withdraw(self, stored: _Stored) -> None:
+        """Believe nothing of a blob any more."""
+        stored.present[:] = bytes(stored.blob.table.count)
+        stored.claimed.clear()
+        self._bytes -= stored.bytes
+        stored.bytes = 0
+
+    async def _writing(
+        self, directory: BlobDirectory, work: Callable[P, None], *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        """Run `work`, which writes, in a thread; on a full disk evict what nobody uses and try again.
+
+        Raises StoreFull, or Unavailable where the disk is broken.
+        """
+        while True:
+            try:
+                return await self._run(work, *args, **kwargs)
+            except OSError as error:
+                gone = self._evict_one() if error.errno in NO_SPACE else None
+                if gone is None:
+                    raise full_or_broken(directory.path, error) from None
+                await gone
 
     def ingest(self) -> DiskIngest:
         """Begin a whole blob."""
@@ -321,9 +351,10 @@ class DiskBlobs:
                     await self._move_in(ingest, blob, stored)
                     return
             if not stored.complete:
-                # Mounted while it is partly here: fill the file that the kernel has open, not another one.
-                await self._run(ingest.seal)
-                await self._fill_from(stored, ingest.path)
+                with self._using(stored):
+                    # Mounted while it is partly here: fill the file that the kernel has open, not another one.
+                    await self._writing(stored.directory, ingest.seal)
+                    await self._fill_from(stored, ingest.path)
         finally:
             await self._run(ingest.abort)
 
@@ -331,13 +362,13 @@ class DiskBlobs:
         if partial is not None:
             await self._discard(partial)
         await self._until_left(blob.digest)
-        self._make_room(blob.size)
         directory = BlobDirectory.of(self.root, blob.digest)
-        try:
-            await self._run(files.move_in, ingest, directory, blob)
-        except OSError as error:
-            await self._run(shutil.rmtree, directory.path, ignore_errors=True)
-            raise full_or_broken(directory.path, error) from None
+        with self._reserved(blob.size):
+            try:
+                await self._run(files.move_in, ingest, directory, blob)
+            except OSError as error:
+                await self._run(files.remove, directory)
+                raise full_or_broken(directory.path, error) from None
         stored = self._blobs[blob.digest] = _Stored(directory, blob, None, trusted=True)
         stored.used_at = self._clock()
         self._bytes += blob.size
@@ -411,14 +442,24 @@ class DiskBlobs:
         if self._entry(blob) is None:
             await self._create(blob)
 
-    def _make_room(self, more: int) -> None:
-        """Evict until `more` bytes fit under the limit; raise StoreFull if they cannot."""
-        if not self.limit:
-            return
-        while self._bytes + more > self.limit:
-            if self._evict_one() is None:
-                raise StoreFull(f"the store's limit of {self.limit} bytes is reached by blobs in use",
-                                hint=RAISE_LIMIT)  # fmt: skip
+    @contextmanager
+    def _reserved(self, more: int) -> Iterator[None]:
+        """Inside, `more` bytes have their place under the limit, others were evicted for them if it took that.
+
+        Raises StoreFull, and then evicts nothing, if they cannot fit.
+        """
+        if self.limit:
+            in_use = sum(stored.bytes for stored in self._blobs.values() if stored.holds)
+            if in_use + self._coming + more > self.limit:
+                why = f"the store's limit of {self.limit} bytes is reached by blobs in use"
+                raise StoreFull(why, hint=RAISE_LIMIT)
+            while self._bytes + self._coming + more > self.limit and self._evict_one() is not None:
+                pass
+        self._coming += more
+        try:
+            yield
+        finally:
+            self._coming -= more
 
     def _make_room_from_thread(self) -> bool:
         """For an ingest that met a full disk: evict one blob; False if there is none to evict."""
@@ -448,7 +489,7 @@ class DiskBlobs:
         del self._blobs[digest]
         self._bytes -= stored.bytes
         loop = asyncio.get_running_loop()
-        gone = loop.run_in_executor(self._threads, files.remove, stored.directory)
+        gone = loop.run_in_executor(self._removals, files.remove, stored.directory)
         self._leaving[digest] = gone
         gone.add_done_callback(lambda done: self._left(digest, done))
         return gone

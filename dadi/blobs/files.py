@@ -11,19 +11,23 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
+
+import structlog
 
 from dadi.blobs.layout import BlobDirectory, padded, sync_directory
 from dadi.errors import Conflict, DigestMismatch, StoreFull, Unavailable
 from dadi.index.chunks import Blob
 
+log = structlog.get_logger()
 RAISE_LIMIT = "raise store.limit, or free some space"
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _HASH_STEP = 4 << 20
 
 
 def full_or_broken(path: Path, error: OSError) -> StoreFull | Unavailable:
     """Return the error of the tree for an OSError met while writing `path`."""
-    if error.errno in _NO_SPACE:
+    if error.errno in NO_SPACE:
         return StoreFull(f"no space left on the disk of {path}", hint=RAISE_LIMIT)
     return Unavailable(f"cannot write {path}: {error.strerror}", hint="check the disk and the kernel's log")
 
@@ -36,7 +40,11 @@ class DiskIngest:
         self.size = 0
         self._make_room = make_room
         self._limit = limit
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        self._lock = Lock()  # a caller that was cancelled may abort while a thread still seals
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        except OSError as error:
+            raise full_or_broken(path, error) from None
 
     def write(self, data: bytes | memoryview) -> None:
         """Append; on a full disk old blobs are evicted first."""
@@ -49,7 +57,7 @@ class DiskIngest:
             try:
                 written = os.write(self._fd, view)
             except OSError as error:
-                if error.errno in _NO_SPACE and self._make_room():
+                if error.errno in NO_SPACE and self._make_room():
                     continue
                 raise full_or_broken(self.path, error) from None
             view = view[written:]
@@ -57,29 +65,34 @@ class DiskIngest:
 
     def seal(self) -> None:
         """Pad, sync and close; in a worker thread."""
-        os.ftruncate(self._fd, padded(self.size))
-        os.fdatasync(self._fd)
-        os.close(self._fd)
-        self._fd = -1
+        with self._lock:
+            if self._fd < 0:
+                raise Conflict("this ingest has ended")
+            os.ftruncate(self._fd, padded(self.size))
+            os.fdatasync(self._fd)
+            os.close(self._fd)
+            self._fd = -1
 
     def abort(self) -> None:
         """Throw away."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
         self.path.unlink(missing_ok=True)
 
 
 def read_chunks(path: Path, blob: Blob, chunks: range) -> list[bytes]:
     """Return the chunks' bytes as the data file has them; raise Unavailable if it cannot be read or is too short."""
     _, length = blob.table.span(chunks)
-    fd = os.open(path, os.O_RDONLY)
     try:
-        parts = [os.pread(fd, blob.table.extent(chunk)[1], blob.table.extent(chunk)[0]) for chunk in chunks]
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            parts = [os.pread(fd, blob.table.extent(chunk)[1], blob.table.extent(chunk)[0]) for chunk in chunks]
+        finally:
+            os.close(fd)
     except OSError as error:
         raise Unavailable(f"cannot read {path}: {error.strerror}", hint="check the disk") from None
-    finally:
-        os.close(fd)
     if sum(map(len, parts)) != length:
         raise Unavailable(f"{path} is shorter than its blob", hint="was it changed by hand? remove its directory")
     return parts
@@ -125,7 +138,7 @@ def hash_again(directory: BlobDirectory, blob: Blob, claims: list[int]) -> set[i
 
 
 def hash_and_sync(directory: BlobDirectory, size: int) -> str:
-    """Make the data durable and return the digest of its first `size` bytes."""
+    """Make the data durable and return the digest of its first `size` bytes. Raises OSError."""
     digest = hashlib.sha256()
     fd = os.open(directory.data, os.O_RDONLY)
     try:
@@ -141,6 +154,23 @@ def hash_and_sync(directory: BlobDirectory, size: int) -> str:
     finally:
         os.close(fd)
     return "sha256:" + digest.hexdigest()
+
+
+def complete(directory: BlobDirectory, blob: Blob) -> bool:
+    """Verify the whole, make it durable and mark it complete; False, all marks withdrawn, if it is another's bytes.
+
+    Raises OSError, all marks withdrawn too: the kernel tells a failed write-back once, so the data in its cache may
+    never get to the disk, and a second try would be told that all is well.
+    """
+    good = False
+    try:
+        good = hash_and_sync(directory, blob.size) == blob.digest
+        if good:
+            directory.mark_complete()
+    finally:
+        if not good:
+            directory.present.write_bytes(bytes(blob.table.count))
+    return good
 
 
 def sync_partial(directory: BlobDirectory) -> None:
@@ -164,5 +194,13 @@ def move_in(ingest: DiskIngest, directory: BlobDirectory, blob: Blob) -> None:
 
 
 def remove(directory: BlobDirectory) -> None:
-    """Throw a blob's files away. A process that ends half-way leaves what the next one throws away."""
-    shutil.rmtree(directory.path, ignore_errors=True)
+    """Throw a blob's files away, first what vouches for them.
+
+    A process that ends half-way leaves what the next one throws away; a file that cannot be removed is logged, and
+    vouches for nothing.
+    """
+    try:
+        directory.complete.unlink(missing_ok=True)
+        shutil.rmtree(directory.path)
+    except OSError as error:
+        log.error("could not remove a blob's files", directory=str(directory.path), why=str(error))

@@ -45,15 +45,17 @@ def sync_directory(path: Path) -> None:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Replace a small file all at once: after a crash it is the old one or the new one."""
+    """Replace a small file all at once: after a crash, or an OSError, it is the old one or the new one."""
     temporary = path.with_name(path.name + ".new")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
-        os.write(fd, data)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    os.rename(temporary, path)
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)
 
 
@@ -75,6 +77,9 @@ class BlobDirectory:
     def create(self, blob: Blob) -> None:
         """Make the directory of a blob that has no chunk yet."""
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Should an earlier life's removal have failed half-way: nothing of it may vouch for the new file.
+        self.complete.unlink(missing_ok=True)
+        sync_directory(self.path)
         with open(self.data, "wb") as data:
             data.truncate(padded(blob.size))
         self.present.write_bytes(bytes(blob.table.count))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from dadi.blobs.source import Source, Urgency
-from dadi.errors import DadiError, DigestMismatch, NotFound, Unavailable
+from dadi.errors import DadiError, InvalidRequest, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
 
@@ -18,8 +18,9 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.1, 5.0
 class Patient:
     """A source that asks `source` again, with growing and jittered waits, until `patience` (seconds) has passed.
 
-    Errors that time may heal are waited out: unavailable; wrong bytes (another source, or the same mended, may have the
-    right ones); not found (a superpeer that was restarted empty finds it again). The last error is raised in the end.
+    Whatever is wrong upstream may heal while a program waits: away; wrong bytes (another source, or the same mended,
+    has the right ones); not found (it was restarted empty); full; denied (a token is renewed). Only a request that
+    makes no sense is raised at once. In the end Unavailable is raised.
     """
 
     def __init__(
@@ -49,7 +50,9 @@ class Patient:
         while True:
             try:
                 return await self.source.read(blob, chunks, urgency)
-            except (Unavailable, DigestMismatch, NotFound) as error:
+            except DadiError as error:
+                if isinstance(error, InvalidRequest):
+                    raise
                 left = deadline - self._clock()
                 if left <= 0:
                     raise self._gave_up(blob, error) from error

@@ -27,6 +27,8 @@ from dadi.index.chunks import Blob
 _RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})")
 _FIRST_PART = 16 << 10
 _STEP = 1 << 20
+_STALLED = 60.0
+"""Seconds that a step may take before its reader is given up."""
 
 Bring = Callable[[str], Awaitable[Blob]]
 """Brings a blob that is not all here; raises NotFound for one that nobody knows."""
@@ -171,7 +173,13 @@ async def _send(request: web.Request, response: web.StreamResponse, fd: int, off
             transport = request.transport
             if transport is None or transport.is_closing():
                 raise ConnectionResetError("the reader has gone")
-            await loop.sendfile(transport, file, offset, step)
+            try:
+                async with asyncio.timeout(_STALLED):
+                    await loop.sendfile(transport, file, offset, step)
+            except TimeoutError:
+                # Somebody who asks and does not read would hold the blob for ever.
+                transport.abort()
+                raise ConnectionResetError("the reader does not read") from None
             offset += step
 
 

@@ -14,7 +14,8 @@ from itertools import groupby
 from dadi.blobs.source import Source, Urgency
 from dadi.index.chunks import Blob
 
-_Key = tuple[str, int]
+_Key = tuple[str, int, int]
+"""Digest, chunk size, chunk: a number means other bytes where chunks have another size."""
 
 
 class SingleFlight:
@@ -32,29 +33,30 @@ class SingleFlight:
 
     async def read(self, blob: Blob, chunks: range, urgency: Urgency = Urgency.DEMAND) -> list[bytes]:
         """Return the run, each of its chunks fetched by whoever was first to ask."""
-        new = [chunk for chunk in chunks if (blob.digest, chunk) not in self._in_flight]
+        keys = [_key(blob, chunk) for chunk in chunks]
+        new = [chunk for chunk, key in zip(chunks, keys, strict=True) if key not in self._in_flight]
         self.joined += len(chunks) - len(new)
         for run in runs(new):
             self._take_off(blob, run, urgency)
-        waiting = [self._in_flight[blob.digest, chunk] for chunk in chunks]
+        waiting = [self._in_flight[key] for key in keys]
         return list(await asyncio.gather(*map(asyncio.shield, waiting)))
 
     def _take_off(self, blob: Blob, run: range, urgency: Urgency) -> None:
         loop = asyncio.get_running_loop()
         for chunk in run:
-            self._in_flight[blob.digest, chunk] = loop.create_future()
+            self._in_flight[_key(blob, chunk)] = loop.create_future()
         task = loop.create_task(self._source_read(blob, run, urgency))
         self._tasks.add(task)
         # A callback and not code of the task: it runs also for a task that was cancelled before it began.
-        task.add_done_callback(partial(self._landed, blob.digest, run))
+        task.add_done_callback(partial(self._landed, blob, run))
 
     async def _source_read(self, blob: Blob, run: range, urgency: Urgency) -> list[bytes]:
         return await self.source.read(blob, run, urgency)
 
-    def _landed(self, digest: str, run: range, task: asyncio.Task[list[bytes]]) -> None:
+    def _landed(self, blob: Blob, run: range, task: asyncio.Task[list[bytes]]) -> None:
         self._tasks.discard(task)
         for place, chunk in enumerate(run):
-            future = self._in_flight.pop((digest, chunk))
+            future = self._in_flight.pop(_key(blob, chunk))
             if task.cancelled():
                 future.cancel()
             elif error := task.exception():
@@ -68,6 +70,10 @@ class SingleFlight:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _key(blob: Blob, chunk: int) -> _Key:
+    return blob.digest, blob.table.chunk_size, chunk
 
 
 def runs(chunks: list[int]) -> list[range]:

@@ -34,8 +34,6 @@ def main() -> None:
     except DadiError as error:
         click.echo(f"dadi: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

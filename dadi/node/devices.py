@@ -18,7 +18,7 @@ import structlog
 
 from dadi.blobs.chain import Chain
 from dadi.blobs.disk import DeviceFile, DiskBlobs
-from dadi.errors import DadiError, DigestMismatch
+from dadi.errors import DadiError, DigestMismatch, Malformed
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
 from dadi.node import loop
@@ -65,6 +65,8 @@ class LazyFile:
             raise self.failed
         skip = offset - chunks.start * table.chunk_size
         data = parts[0][skip : skip + length] if len(parts) == 1 else b"".join(parts)[skip : skip + length]
+        if len(data) != min(length, self.blob.size - offset):
+            raise Malformed(f"{len(data)} bytes came for the {length} at {offset} of {self.blob}")
         return data.ljust(length, b"\0")  # the padding, if the read goes beyond the blob's end
 
 

@@ -7,7 +7,6 @@ alone imports `superpeer`, to embed one where none is configured.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import structlog
 
 from dadi import __version__
+from dadi import digest as digests
 from dadi.blobs.chain import Chain
 from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.source import Source
@@ -58,7 +58,7 @@ class EmbeddedSuperpeer:
     async def whole(self, digest: str, size: int) -> bytes:
         """See `Upstream`."""
         data = await self._superpeer.store.get(digest)
-        if "sha256:" + hashlib.sha256(data).hexdigest() != digest:
+        if await asyncio.to_thread(digests.of, data) != digest:
             raise DigestMismatch(f"{digest} in the store is not what its digest says", source="embedded superpeer")
         return data
 

@@ -6,13 +6,14 @@ without a superpeer has one embedded behind the same contract (`dadi/node/daemon
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
 import aiohttp
 import msgspec
 
+from dadi import digest as digests
 from dadi import http
 from dadi.blobs.first_of import FirstOf
 from dadi.blobs.remote import Remote
@@ -80,19 +81,17 @@ class SuperpeerClient:
         """See `Upstream`."""
         parameters = {"reference": reference, "platform": platform}
         for place, url in enumerate(self._urls):
-            begun = False
             try:
                 async with http.request(
                     self._session, "GET", f"{url}/v1/images", f"resolving {reference}", params=parameters
                 ) as response:
                     async for event in http.events(response):
-                        begun = True
                         yield event
                         if event.get("event") == "image":
                             return
                 raise Unavailable(f"{url} did not say what {reference} is")
             except Unavailable as error:
-                if begun or place + 1 == len(self._urls):
+                if place + 1 == len(self._urls):
                     raise
                 self._fallbacks.note("superpeer passed over", f"{url}: {error.message}")
 
@@ -104,11 +103,11 @@ class SuperpeerClient:
         for place, url in enumerate(self._urls):
             try:
                 return await self._whole_from(url, digest, size)
-            except (Unavailable, DigestMismatch) as error:
+            except DadiError as error:
                 errors.append(error)
                 if place + 1 < len(self._urls):
                     self._fallbacks.note("superpeer passed over", f"{url}: {error.message}")
-        raise errors[-1]
+        raise next((error for error in errors if error.retryable), errors[-1])
 
     async def _whole_from(self, url: str, digest: str, size: int) -> bytes:
         where = f"{url}/v1/blobs/{digest}"
@@ -118,7 +117,7 @@ class SuperpeerClient:
                 data += piece
                 if len(data) > size:
                     raise DigestMismatch(f"{where} is longer than the {size} bytes that were announced", source=url)
-        if "sha256:" + hashlib.sha256(data).hexdigest() != digest:
+        if await asyncio.to_thread(digests.of, data) != digest:
             raise DigestMismatch(f"{where} is not what its digest says", source=url)
         return bytes(data)
 

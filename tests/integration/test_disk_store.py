@@ -42,6 +42,7 @@ def crash(store: DiskBlobs) -> None:
     """End a store as a killed process does: its lock goes, nothing is synced, nothing is tidied."""
     os.close(store._lock)
     store._threads.shutdown()
+    store._removals.shutdown()
 
 
 async def test_complete_and_partial_blobs_are_there_after_a_clean_stop(tmp_path: Path, data: bytes, blob: Blob) -> None:

@@ -13,7 +13,7 @@ from dadi.blobs.memory import MemoryBlobs
 from dadi.blobs.patient import Patient
 from dadi.blobs.single_flight import SingleFlight, runs
 from dadi.blobs.verified import Verified
-from dadi.errors import AccessDenied, DigestMismatch, NotFound, Unavailable
+from dadi.errors import AccessDenied, DigestMismatch, InvalidRequest, NotFound, StoreFull, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import blob_of
 from tests.contracts.store import C, content, parts_of
@@ -242,7 +242,9 @@ class TestPatient:
         await Patient(source, 60.0, fallbacks, clock=clock, sleep=clock.sleep).read(BLOB, range(1))
         assert clock.slept == [7.5]
 
-    @pytest.mark.parametrize("error", [DigestMismatch("wrong"), NotFound("gone")])
+    @pytest.mark.parametrize(
+        "error", [DigestMismatch("wrong"), NotFound("gone"), AccessDenied("not yet"), StoreFull("over there")]
+    )
     async def test_what_may_heal_is_asked_for_again(
         self, source: ScriptedSource, fallbacks: Fallbacks, error: Exception
     ) -> None:
@@ -251,10 +253,10 @@ class TestPatient:
         patient = Patient(source, 60.0, fallbacks, clock=clock, sleep=clock.sleep)
         assert await patient.read(BLOB, range(1)) == PARTS[:1]
 
-    async def test_what_cannot_heal_is_raised_at_once(self, source: ScriptedSource, fallbacks: Fallbacks) -> None:
+    async def test_what_makes_no_sense_is_raised_at_once(self, source: ScriptedSource, fallbacks: Fallbacks) -> None:
         clock = Clock()
-        source.errors = [AccessDenied("no")]
-        with pytest.raises(AccessDenied):
+        source.errors = [InvalidRequest("no")]
+        with pytest.raises(InvalidRequest):
             await Patient(source, 60.0, fallbacks, clock=clock, sleep=clock.sleep).read(BLOB, range(1))
         assert clock.slept == []
 
