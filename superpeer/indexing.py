@@ -12,7 +12,9 @@ import contextlib
 import msgspec
 
 from dadi.blobs.disk import DiskBlobs
+from dadi.blobs.files import RAISE_LIMIT
 from dadi.erofs import writer as erofs
+from dadi.errors import NotFound, StoreFull
 from dadi.index.chunks import Blob
 from dadi.index.image import VERSION, ImageIndex, ImageLayer
 from dadi.index.layer import LayerIndex
@@ -85,7 +87,10 @@ class Indexer:
             before = done
 
         index, blob = await self._origin.bring(reference, descriptor, diff_id, advance)
-        holds.enter_context(self._store.hold(Blob(diff_id, index.table)))
+        try:
+            holds.enter_context(self._store.hold(Blob(diff_id, index.table)))
+        except NotFound:
+            raise StoreFull(f"the layers of {reference} do not fit the store together", hint=RAISE_LIMIT) from None
         advance(descriptor.size)
         progress.layers_done += 1
         layer = ImageLayer(descriptor.digest, descriptor.size, descriptor.media_type, diff_id, index.table,

@@ -108,14 +108,14 @@ class Backfill:
             before = len(await self._store.missing(device.blob))
             try:
                 await self._fill(device)
+                if not await self._store.missing(device.blob):
+                    await self._devices.complete(device)
             except DadiError as error:
                 self._fallbacks.note("backfill failed", error.message)
+            except Exception as error:  # a fault with one device is no reason to leave out the others
+                log.exception("backfill failed", blob=device.blob.digest)
+                self._fallbacks.note("backfill failed", repr(error))
             after = len(await self._store.missing(device.blob))
-            if not after and device.state is DeviceState.LAZY:
-                try:
-                    await self._devices.complete(device)
-                except DadiError as error:
-                    self._fallbacks.note("backfill failed", error.message)
             better = better or after < before or device.state is not DeviceState.LAZY
         return better
 

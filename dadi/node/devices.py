@@ -23,6 +23,7 @@ from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
 from dadi.node import loop
 from dadi.node.demand import Demand
+from dadi.node.in_kernel import in_kernel
 from fuse.session import Session
 
 log = structlog.get_logger()
@@ -121,12 +122,15 @@ class Devices:
         """
         async with self._changing:
             device = self._devices.get(blob.digest)
+            if device is not None and device.state is DeviceState.BROKEN:
+                hint = "unmount every image that has this layer, then mount again"
+                raise DigestMismatch(f"{blob} is broken: {device.error}", hint=hint)
             if device is None:
                 device = Device(blob)
                 try:
                     await self._attach(device, adopt)
                 except BaseException:
-                    await asyncio.to_thread(self._end, device)
+                    await in_kernel(self._end, device)
                     raise
                 self._devices[blob.digest] = device
             device.users += 1
@@ -139,12 +143,12 @@ class Devices:
         if self._store.has(blob.digest):
             device.state = DeviceState.LOCAL
             open_loop = loop.adopt if adopt else loop.attach
-            device.loop = await asyncio.to_thread(open_loop, adopt or str(file.path))
+            device.loop = await in_kernel(open_loop, adopt or str(file.path))
             return
         device.lazy_file = LazyFile(file, self._chain, self._demand)
         self._session.add(device.lazy_file)
         path = Path(self._session.directory) / device.lazy_file.name
-        device.loop = await asyncio.to_thread(loop.attach, str(path))
+        device.loop = await in_kernel(loop.attach, str(path))
 
     async def release(self, device: Device) -> None:
         """Give a device back; the last user's release ends it."""
@@ -152,14 +156,15 @@ class Devices:
             device.users -= 1
             if device.users == 0:
                 del self._devices[device.blob.digest]
-                await asyncio.to_thread(self._end, device)
+                await in_kernel(self._end, device)
 
     def _end(self, device: Device) -> None:
-        if device.loop:
-            device.loop.close()
-        if device.lazy_file:
-            self._session.remove(device.lazy_file.name)
-        device.resources.close()
+        # Each of them, whatever becomes of the others: last in, first out.
+        with device.resources:
+            if device.lazy_file:
+                device.resources.callback(self._session.remove, device.lazy_file.name)
+            if device.loop:
+                device.resources.callback(device.loop.close)
 
     def abort(self, device: Device) -> None:
         """Fail the reads that wait for this device, and those to come, unless another image uses it too."""
@@ -180,6 +185,7 @@ class Devices:
             device.error = error.message
             if device.lazy_file:
                 device.lazy_file.failed = error
+                self._session.abort(device.lazy_file.name)
             log.error("a device is broken", device=device.path, blob=device.blob.digest, why=str(error))
             return
         async with self._changing:
@@ -187,7 +193,7 @@ class Devices:
                 return
             path = self._store.data_path(device.blob)
             try:
-                await asyncio.to_thread(device.loop.swap, str(path))
+                await in_kernel(device.loop.swap, str(path))
             except DadiError as error:
                 # All bytes are here, so reads are hits; only our process stays in their way.
                 self._fallbacks.note("device not swapped to the local file", f"{device.path}: {error.message}")
@@ -195,7 +201,7 @@ class Devices:
                 return
             device.state = DeviceState.LOCAL
             if device.lazy_file:
-                await asyncio.to_thread(self._session.remove, device.lazy_file.name)
+                await in_kernel(self._session.remove, device.lazy_file.name)
                 device.lazy_file = None
         log.info("local: no longer in the read path", device=device.path, blob=device.blob.digest)
 

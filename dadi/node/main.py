@@ -22,7 +22,9 @@ while the event loop is busy."""
 async def serve(config: NodeConfig, stop: asyncio.Event) -> None:
     """Run a node until `stop` is set."""
     sys.setswitchinterval(_SWITCH_INTERVAL)
-    node = await Node.start(config)
+    node = await _started(config, stop)
+    if node is None:
+        return
     try:
         runner = await http.serve_unix(control.create(node), str(Path(config.run) / "node.sock"))
         try:
@@ -32,6 +34,19 @@ async def serve(config: NodeConfig, stop: asyncio.Event) -> None:
             await runner.cleanup()
     finally:
         await node.close()
+
+
+async def _started(config: NodeConfig, stop: asyncio.Event) -> Node | None:
+    """Return the node, or None if we are told to stop before it stands: restoring mounts may take its time."""
+    starting, stopping = asyncio.create_task(Node.start(config)), asyncio.create_task(stop.wait())
+    await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not starting.done():
+        starting.cancel()
+        await asyncio.wait([starting])
+        if starting.cancelled():
+            return None
+    return starting.result()
 
 
 main = program.daemon(

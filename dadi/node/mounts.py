@@ -5,43 +5,40 @@
     unmount    plain: as umount(8), EBUSY while it is used; forced: waiting reads fail with EIO, the mount is detached
     restore    what is still mounted on local devices is adopted; what is not, or needs our process, is mounted anew
 
-Each mount is a small JSON file under STATE/mounts, written before it is reported as made, removed when it is gone.
+Each mount has a record (`records.py`), written before the mount is reported as made, removed when it is gone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import os
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import structlog
 
-from dadi.blobs.chain import Chain
 from dadi.blobs.disk import DiskBlobs
-from dadi.blobs.layout import write_durably
-from dadi.errors import Conflict, DadiError, Malformed, NotFound
+from dadi.errors import Conflict, DadiError, Malformed, NotFound, TooLarge
 from dadi.fallbacks import Fallbacks
 from dadi.index import image as image_index
+from dadi.index.chunks import Blob
 from dadi.index.image import ImageIndex
 from dadi.node import kernel
+from dadi.node.backfill import pieces
 from dadi.node.devices import Device, Devices, DeviceState
-from dadi.peers.superpeer import ImageAnswer, Upstream, image_answer
+from dadi.node.in_kernel import in_kernel
+from dadi.node.records import MountRecord, MountRecords
+from dadi.peers.superpeer import MAX_SMALL_BLOB, ImageAnswer, Upstream, image_answer
 from dadi.wire import Event
 
 log = structlog.get_logger()
 
 
-class MountRecord(msgspec.Struct, frozen=True):
-    """What is kept of a mount. `devices`: the loop devices, metadata first, as they were when it was made."""
-
-    directory: str
-    answer: ImageAnswer
-    devices: tuple[str, ...] = ()
+_RETRY_EVERY = 10.0
+_LET_FINISH = 10.0
+"""Seconds: between two tries to restore a mount; for mounts that are being made when we stop."""
 
 
 class Mount:
@@ -51,6 +48,8 @@ class Mount:
         self.record = record
         self.index = index
         self.devices = devices
+        self.holds = contextlib.ExitStack()
+        """The image index and the metadata, for as long as it is mounted."""
 
     def __repr__(self) -> str:
         return f"Mount({self.record.answer.reference} at {self.record.directory}, {self.state})"
@@ -68,17 +67,19 @@ class Mount:
 class Mounts:
     """All mounts of this node."""
 
-    def __init__(self, directory: Path, store: DiskBlobs, chain: Chain, devices: Devices, upstream: Upstream,
+    def __init__(self, records: MountRecords, store: DiskBlobs, devices: Devices, upstream: Upstream,
                  fallbacks: Fallbacks, on_mount: Callable[[], None]) -> None:  # fmt: skip
-        self._records = directory
+        self._records = records
         self._store = store
-        self._chain = chain
         self._devices = devices
         self._upstream = upstream
         self._fallbacks = fallbacks
         self._on_mount = on_mount
         self._mounts: dict[str, Mount] = {}
         self._busy: set[str] = set()
+        self._lost: dict[str, tuple[MountRecord, str]] = {}
+        self._tasks: set[asyncio.Task[Mount]] = set()
+        self._metadata = asyncio.Lock()
 
     def __repr__(self) -> str:
         return f"Mounts({len(self._mounts)})"
@@ -90,25 +91,33 @@ class Mounts:
 
         Raises NotFound, Conflict, what upstream raises, and what the kernel refuses.
         """
+        directory = await real_path(directory)
         if not await asyncio.to_thread(os.path.isdir, directory):
             raise NotFound(f"{directory} is not a directory", hint="create it first")
-        with self._alone(directory):
-            if directory in self._mounts:
-                raise Conflict(f"{self._mounts[directory].record.answer.reference} is mounted at {directory} already",
-                               hint="unmount it first, or choose another directory")  # fmt: skip
-            answer: ImageAnswer | None = None
-            async for event in self._upstream.resolve(reference, platform):
-                if event.get("event") == "image":
-                    answer = image_answer(event)
-                else:
-                    yield event
-            if answer is None:
-                raise Malformed(f"the superpeer did not say what {reference} is")
-            yield {"event": "progress", "stage": "fetching metadata"}
-            mount = await self._make(MountRecord(directory, answer))
-            self._on_mount()
-            log.info("mounted", image=answer.reference, directory=directory, state=mount.state)
-            yield {"event": "mounted", **self._row(mount)}
+        self._check_free(directory)
+        answer: ImageAnswer | None = None
+        async for event in self._upstream.resolve(reference, platform):
+            if event.get("event") == "image":
+                answer = image_answer(event)
+            else:
+                yield event
+        if answer is None:
+            raise Malformed(f"the superpeer did not say what {reference} is")
+        yield {"event": "progress", "stage": "fetching metadata"}
+        # A task of our own: a client that goes away in the middle must not leave half a mount.
+        task = asyncio.create_task(self._make(MountRecord(directory, answer)))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        mount = await asyncio.shield(task)
+        self._on_mount()
+        log.info("mounted", image=answer.reference, directory=directory, state=mount.state)
+        yield {"event": "mounted", **self._row(mount)}
+
+    def _check_free(self, directory: str) -> None:
+        mount = self._mounts.get(directory)
+        if mount is not None:
+            hint = "unmount it first, or choose another directory"
+            raise Conflict(f"{mount.record.answer.reference} is mounted at {directory} already", hint=hint)
 
     @contextlib.contextmanager
     def _alone(self, directory: str) -> Any:
@@ -121,8 +130,26 @@ class Mounts:
             self._busy.discard(directory)
 
     async def _make(self, record: MountRecord) -> Mount:
-        index = await self.index(record.answer)
-        await self._whole(index)
+        with self._alone(record.directory):
+            self._check_free(record.directory)
+            with contextlib.ExitStack() as holds:
+                index = await self._fetch(record.answer, holds)
+                mount = await self._attach(record, index, holds)
+                mount.holds = holds.pop_all()
+                return mount
+
+    async def _fetch(self, answer: ImageAnswer, holds: contextlib.ExitStack) -> ImageIndex:
+        """Have the image index and all of the metadata here, held: EROFS must never wait for them."""
+        index = await self.index(answer)
+        for digest in (answer.index_digest, index.metadata.digest):
+            blob = self._store.find(digest)
+            if blob is not None:
+                holds.enter_context(self._store.hold(blob))
+        async with self._metadata:
+            await self._whole(index.metadata, holds)
+        return index
+
+    async def _attach(self, record: MountRecord, index: ImageIndex, holds: contextlib.ExitStack) -> Mount:
         async with contextlib.AsyncExitStack() as undo:
             devices: list[Device] = []
             for blob in (index.metadata, *index.device_blobs()):
@@ -130,12 +157,13 @@ class Mounts:
                 undo.push_async_callback(self._devices.release, device)
                 devices.append(device)
             metadata, *layers = [device.path for device in devices]
-            await asyncio.to_thread(kernel.mount_erofs, metadata, record.directory, layers)
-            undo.push_async_callback(asyncio.to_thread, kernel.umount, record.directory, detach=True)
+            await in_kernel(kernel.mount_erofs, metadata, record.directory, layers)
+            undo.push_async_callback(in_kernel, kernel.umount, record.directory, detach=True)
             record = msgspec.structs.replace(record, devices=(metadata, *layers))
-            await asyncio.to_thread(write_durably, self._file(record.directory), msgspec.json.encode(record))
+            await self._records.write(record)
             undo.pop_all()
         mount = self._mounts[record.directory] = Mount(record, index, devices)
+        self._lost.pop(record.directory, None)
         return mount
 
     async def index(self, answer: ImageAnswer) -> ImageIndex:
@@ -152,70 +180,108 @@ class Mounts:
             self._fallbacks.note("not kept: store full", error.message)
         return index
 
-    async def _whole(self, index: ImageIndex) -> None:
-        """Have all of the metadata here: EROFS must never wait for it."""
-        blob = index.metadata
-        if not self._store.has(blob.digest):
-            await self._chain.read(blob, range(blob.table.count))
-            await self._store.finish(blob)
+    async def _whole(self, blob: Blob, holds: contextlib.ExitStack) -> None:
+        """Have all of a blob here, or raise; does not wait for an upstream that is away."""
+        if blob.size > MAX_SMALL_BLOB:
+            raise TooLarge(f"the metadata of an image has {blob.size} bytes; the limit is {MAX_SMALL_BLOB}")
+        if self._store.has(blob.digest):
+            return
+        await self._store.prepare(blob)
+        holds.enter_context(self._store.hold(blob))
+        for run in pieces(blob, await self._store.missing(blob)):
+            parts = await self._upstream.source.read(blob, run)
+            await self._store.keep(blob, run.start, parts)
+        await self._store.finish(blob)
 
     # ---- unmounting
 
     async def unmount(self, directory: str, *, force: bool = False) -> None:
         """Unmount (a normalised path). Raises NotFound if nothing of ours is there, Conflict if it is in use."""
+        directory = await real_path(directory)
         with self._alone(directory):
+            if directory in self._lost:
+                del self._lost[directory]
+                await self._records.remove(directory)
+                return
             mount = self._mounts.get(directory)
             if mount is None:
                 raise NotFound(f"no image is mounted at {directory}", hint="`dadi status` lists the mounts")
             if force:
                 for device in mount.devices:
                     self._devices.abort(device)
-            if await asyncio.to_thread(kernel.is_mounted, directory):
+            if await in_kernel(kernel.is_mounted, directory):
                 await self._umount(directory, force)
             await self._gone(mount)
             log.info("unmounted", image=mount.record.answer.reference, directory=directory, forced=force)
 
     async def _umount(self, directory: str, force: bool) -> None:
         try:
-            await asyncio.to_thread(kernel.umount, directory)
+            await in_kernel(kernel.umount, directory)
         except Conflict:
             if not force:
                 raise
             self._fallbacks.note("unmounted while in use", directory)
-            await asyncio.to_thread(kernel.umount, directory, detach=True)
+            await in_kernel(kernel.umount, directory, detach=True)
 
     async def _gone(self, mount: Mount) -> None:
-        await asyncio.to_thread(self._file(mount.record.directory).unlink, missing_ok=True)
+        await self._records.remove(mount.record.directory)
         del self._mounts[mount.record.directory]
         for device in mount.devices:
             await self._devices.release(device)
+        mount.holds.close()
 
     # ---- restarts
 
     async def restore(self) -> None:
-        """Have what was mounted before this process mounted again; what cannot be is logged and stays recorded."""
-        await asyncio.to_thread(self._records.mkdir, parents=True, exist_ok=True)
-        for file in await asyncio.to_thread(lambda: sorted(self._records.glob("*.json"))):
-            try:
-                record = msgspec.json.decode(await asyncio.to_thread(file.read_bytes), type=MountRecord)
-            except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
-                log.warning("dropped a damaged mount record", file=str(file), why=str(error))
-                await asyncio.to_thread(file.unlink, missing_ok=True)
-                continue
-            try:
-                mount = await self._adopt(record)
-                if mount is None:
-                    await asyncio.to_thread(kernel.umount_all, record.directory)
-                    mount = await self._make(record)
-                log.info("restored", image=record.answer.reference, directory=record.directory, state=mount.state)
-            except (DadiError, OSError) as error:
-                self._fallbacks.note("mount not restored", f"{record.directory}: {error}")
+        """Have what was mounted before this process mounted again; what cannot be yet is tried again by `retry`."""
+        records = await self._records.all()
+        with contextlib.ExitStack() as holds:
+            for record in records:
+                # First all of them: making one mount must not evict what another one needs.
+                await self._hold_what_is_here(record, holds)
+            for record in records:
+                await self._restore(record)
         if self._mounts:
             self._on_mount()
 
+    async def _hold_what_is_here(self, record: MountRecord, holds: contextlib.ExitStack) -> None:
+        if not self._store.has(record.answer.index_digest):
+            return
+        index = await self.index(record.answer)
+        digests = [record.answer.index_digest, index.metadata.digest, *(b.digest for b in index.device_blobs())]
+        for blob in filter(None, map(self._store.find, digests)):
+            holds.enter_context(self._store.hold(blob))
+
+    async def _restore(self, record: MountRecord) -> bool:
+        try:
+            with self._alone(record.directory):
+                mount = await self._adopt(record)
+                if mount is None:
+                    with contextlib.ExitStack() as holds:
+                        # Before anything is unmounted: what stands there may still be of use.
+                        index = await self._fetch(record.answer, holds)
+                        await in_kernel(kernel.umount_all, record.directory)
+                        mount = await self._attach(record, index, holds)
+                        mount.holds = holds.pop_all()
+        except (DadiError, OSError) as error:
+            self._lost[record.directory] = (record, str(error))
+            self._fallbacks.note("mount not restored", f"{record.directory}: {error}")
+            return False
+        log.info("restored", image=record.answer.reference, directory=record.directory, state=mount.state)
+        return True
+
+    async def retry(self) -> None:
+        """Try again, every now and then, what could not be restored; runs until it is cancelled."""
+        while True:
+            await asyncio.sleep(_RETRY_EVERY)
+            for record, _ in list(self._lost.values()):
+                if await self._restore(record):
+                    self._lost.pop(record.directory, None)
+                    self._on_mount()
+
     async def _adopt(self, record: MountRecord) -> Mount | None:
         """Return the mount as it still stands, if nothing in its way needs an earlier process of ours."""
-        if not record.devices or not await asyncio.to_thread(kernel.is_mounted, record.directory):
+        if not record.devices or not await in_kernel(kernel.is_mounted, record.directory):
             return None
         if not self._store.has(record.answer.index_digest):
             return None
@@ -225,11 +291,18 @@ class Mounts:
             return None
         for blob, name in zip(blobs, record.devices, strict=True):
             path = str(self._store.data_path(blob))
-            if not self._store.has(blob.digest) or await asyncio.to_thread(kernel.loop_backing, name) != path:
+            if not self._store.has(blob.digest) or await in_kernel(kernel.loop_backing, name) != path:
                 return None
-        devices = [await self._devices.acquire(blob, adopt=name)
-                   for blob, name in zip(blobs, record.devices, strict=True)]  # fmt: skip
+        async with contextlib.AsyncExitStack() as undo:
+            devices = []
+            for blob, name in zip(blobs, record.devices, strict=True):
+                devices.append(await self._devices.acquire(blob, adopt=name))
+                undo.push_async_callback(self._devices.release, devices[-1])
+            undo.pop_all()
         mount = self._mounts[record.directory] = Mount(record, index, devices)
+        for digest in (record.answer.index_digest, index.metadata.digest):
+            if (held := self._store.find(digest)) is not None:
+                mount.holds.enter_context(self._store.hold(held))
         return mount
 
     async def close(self, *, unmount: bool) -> None:
@@ -237,8 +310,14 @@ class Mounts:
 
         Their records stay: the next process mounts them again.
         """
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_LET_FINISH)
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
         for mount in list(self._mounts.values()):
             directory = mount.record.directory
+            mount.holds.close()
             if mount.state == "local" and not unmount:
                 for device in mount.devices:
                     await self._devices.release(device)
@@ -253,14 +332,17 @@ class Mounts:
                 await self._devices.release(device)
         self._mounts.clear()
 
-    def _file(self, directory: str) -> Path:
-        return self._records / f"{hashlib.sha256(os.fsencode(directory)).hexdigest()[:32]}.json"
-
     # ---- state
 
     def statistics(self) -> list[dict[str, Any]]:
-        """Return a row for each mount."""
-        return [self._row(mount) for mount in self._mounts.values()]
+        """Return a row for each mount, and for each that could not be restored (state "lost", with its error)."""
+        lost = [
+            {"reference": record.answer.reference, "platform": record.answer.platform, "directory": directory,
+             "manifest_digest": record.answer.manifest_digest, "state": "lost", "error": why, "bytes": 0,
+             "bytes_present": 0, "devices": []}
+            for directory, (record, why) in self._lost.items()
+        ]  # fmt: skip
+        return [self._row(mount) for mount in self._mounts.values()] + lost
 
     def _row(self, mount: Mount) -> dict[str, Any]:
         answer, index = mount.record.answer, mount.index
@@ -278,3 +360,8 @@ class Mounts:
             "bytes_present": sum(row["bytes_present"] for row in rows),
             "devices": rows,
         }
+
+
+async def real_path(directory: str) -> str:
+    """Return the path without symbolic links: a directory has one name here, whatever it was called by."""
+    return await asyncio.to_thread(os.path.realpath, directory)

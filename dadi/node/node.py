@@ -7,6 +7,7 @@ alone imports `superpeer`, to embed one where none is configured.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -20,14 +21,16 @@ from dadi.blobs.chain import Chain
 from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.source import Source
 from dadi.blobs.verified import Verified
-from dadi.errors import DigestMismatch
+from dadi.errors import Conflict, DigestMismatch
 from dadi.fallbacks import Fallbacks
 from dadi.node import kernel
 from dadi.node.backfill import Backfill
 from dadi.node.config import NodeConfig
 from dadi.node.demand import Demand
 from dadi.node.devices import Devices
+from dadi.node.in_kernel import in_kernel
 from dadi.node.mounts import Mounts
+from dadi.node.records import MountRecords
 from dadi.oci import platforms
 from dadi.peers.superpeer import SuperpeerClient, Upstream
 from dadi.wire import Event
@@ -76,9 +79,11 @@ class EmbeddedSuperpeer:
 class Node:
     """Everything a `dadi-node` is, but its sockets. Make it by `await Node.start(config)`, end it by `close`."""
 
-    def __init__(self, config: NodeConfig, store: DiskBlobs) -> None:
+    def __init__(self, config: NodeConfig, store: DiskBlobs, lock: int) -> None:
         loop = asyncio.get_running_loop()
         self.config = config
+        self._lock = lock
+        self._retrying: asyncio.Task[None] | None = None
         self.platform = config.platform or str(platforms.of_machine(os.uname().machine))
         self.fallbacks = Fallbacks()
         self.store = store
@@ -89,8 +94,10 @@ class Node:
         self.session = Session(str(Path(config.run) / "fuse"), loop, threads=config.fuse_threads)
         self.devices = Devices(store, self.chain, self.session, self.demand, self.fallbacks)
         self.backfill = Backfill(config.backfill, store, self.chain, self.devices, self.demand, self.fallbacks)
-        self.mounts = Mounts(Path(config.state) / "mounts", store, self.chain, self.devices, self.upstream,
-                             self.fallbacks, self.backfill.wake)  # fmt: skip
+        records = MountRecords(Path(config.state) / "mounts")
+        self.mounts = Mounts(
+            records, store, self.devices, self.upstream, self.fallbacks, self.backfill.wake
+        )
 
     def _upstream(self) -> Upstream:
         config = self.config
@@ -108,14 +115,20 @@ class Node:
         state, run = Path(config.state), Path(config.run)
         for path in (state, run):
             await asyncio.to_thread(path.mkdir, parents=True, exist_ok=True)
-        store = await asyncio.to_thread(lambda: DiskBlobs(state / "store", limit=config.store.limit))
-        node = cls(config, store)
+        lock = await asyncio.to_thread(_locked, run)
+        try:
+            store = await asyncio.to_thread(lambda: DiskBlobs(state / "store", limit=config.store.limit))
+        except BaseException:
+            os.close(lock)
+            raise
+        node = cls(config, store, lock)
         try:
             if node.embedded:
                 await node.embedded.start()
-            await asyncio.to_thread(node._mount_fuse)
+            await in_kernel(node._mount_fuse)
             await node.mounts.restore()
             node.backfill.start()
+            node._retrying = asyncio.create_task(node.mounts.retry())
         except BaseException:
             await node.close()
             raise
@@ -130,12 +143,16 @@ class Node:
 
     async def close(self) -> None:
         """Stop everything, in the opposite order."""
+        if self._retrying:
+            self._retrying.cancel()
+            await asyncio.gather(self._retrying, return_exceptions=True)
         await self.backfill.close()
         await self.mounts.close(unmount=self.config.unmount_on_stop)
         await self.chain.close()
-        await asyncio.to_thread(self.session.close)
+        await in_kernel(self.session.close)
         await self.upstream.close()
         await self.store.close()
+        os.close(self._lock)
 
     def statistics(self) -> dict[str, Any]:
         """Return what `dadi status` shows; all sizes in bytes. `reads`: what the kernel asked for, by who answered."""
@@ -157,3 +174,17 @@ class Node:
             "store": self.store.statistics(),
             "fallbacks": self.fallbacks.statistics(),
         }
+
+
+def _locked(run: Path) -> int:
+    """Return a descriptor that holds the lock on a run directory; raise Conflict if another process has it.
+
+    Taken before anything below it is touched: two nodes with one run directory would pull each other's FUSE mount away.
+    """
+    lock = os.open(run / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise Conflict(f"{run} is used by another process", hint="two nodes need two `run` directories") from None
+    return lock

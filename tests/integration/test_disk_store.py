@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import shutil
-from collections.abc import AsyncIterator
+import subprocess
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.layout import BlobDirectory
-from dadi.errors import Conflict, NotFound
+from dadi.errors import Conflict, DigestMismatch, NotFound, StoreFull, Unavailable
 from dadi.index.chunks import Blob, blob_of
 from tests.contracts.store import LIMIT, C, StoreContract, content, parts_of, take_in
 
@@ -191,4 +193,103 @@ async def test_removing_refuses_what_is_in_use(tmp_path: Path, data: bytes) -> N
     assert await store.remove(blob.digest)
     with pytest.raises(NotFound):
         await store.get(blob.digest)
+    await store.close()
+
+
+async def test_a_sync_that_fails_withdraws_every_mark(
+    tmp_path: Path, data: bytes, blob: Blob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel reports a failed write-back once: what is in its cache may never get to the disk."""
+    store = DiskBlobs(tmp_path)
+    await store.keep(blob, 0, parts_of(blob, data))
+
+    def fails(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fdatasync", fails)
+        with pytest.raises(Unavailable):
+            await store.finish(blob)
+    assert await store.missing(blob) == list(range(9))
+    with pytest.raises(NotFound):
+        await store.finish(blob)
+    await store.keep(blob, 0, parts_of(blob, data))
+    await store.finish(blob)
+    assert await store.get(blob.digest) == data
+    await store.close()
+
+
+async def test_nothing_is_kept_by_a_table_that_has_lied(tmp_path: Path, data: bytes, blob: Blob) -> None:
+    wrong = content(len(data), seed=5)
+    lie = Blob(blob.digest, blob_of(wrong, C).table)
+    store = DiskBlobs(tmp_path)
+    await store.keep(lie, 0, parts_of(lie, wrong))
+    with pytest.raises(DigestMismatch):
+        await store.finish(lie)
+    await store.keep(lie, 0, parts_of(lie, wrong))
+    assert await store.missing(lie) == list(range(9))
+    await store.keep(blob, 0, parts_of(blob, data))
+    await store.finish(blob)
+    assert await store.get(blob.digest) == data
+    await store.close()
+
+
+async def test_what_an_earlier_life_left_vouches_for_nothing(tmp_path: Path, data: bytes, blob: Blob) -> None:
+    store = DiskBlobs(tmp_path)
+    directory = BlobDirectory.of(store.root, blob.digest)
+    directory.path.mkdir(parents=True)
+    directory.complete.touch()
+    await store.prepare(blob)
+    await store.close()
+    again = DiskBlobs(tmp_path)
+    assert not again.has(blob.digest)
+    assert await again.missing(blob) == list(range(9))
+    await again.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    directory = tmp_path / "small"
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", directory], check=True)
+    yield directory
+    subprocess.run(["umount", "-l", directory], check=True)
+
+
+@pytest.mark.root
+async def test_on_a_full_disk_blobs_in_nobodys_use_make_room(small_disk: Path) -> None:
+    store = DiskBlobs(small_disk)
+    for seed in range(20):
+        await take_in(store, content(20 * C, seed))
+    assert 0 < store.statistics()["evicted"] < 20
+    data = content(30 * C, seed=100)
+    blob = blob_of(data, C)
+    for chunk, part in enumerate(parts_of(blob, data)):
+        await store.keep(blob, chunk, [part])
+    await store.finish(blob)
+    assert await store.get(blob.digest) == data
+    await store.close()
+
+
+@pytest.mark.root
+async def test_many_writers_on_a_full_disk_do_not_wait_for_each_other_for_ever(small_disk: Path) -> None:
+    store = DiskBlobs(small_disk)
+    for seed in range(12):
+        await take_in(store, content(20 * C, seed))
+    async with asyncio.timeout(30):
+        blobs = await asyncio.gather(*(store.put(content(10 * C, 50 + seed)) for seed in range(8)))
+    assert sum(store.has(blob.digest) for blob in blobs) >= 1
+    await store.close()
+
+
+@pytest.mark.root
+async def test_a_disk_full_of_what_is_in_use_is_an_error_and_nothing_is_marked(small_disk: Path) -> None:
+    store = DiskBlobs(small_disk)
+    held = await take_in(store, content(180 * C))
+    with store.hold(held):
+        data = content(100 * C, seed=1)
+        blob = blob_of(data, C)
+        with pytest.raises(StoreFull, match="no space left"):
+            await store.keep(blob, 0, parts_of(blob, data))
+        assert await store.missing(blob) == list(range(100))
     await store.close()

@@ -20,10 +20,13 @@ from dadi.errors import (
     NoSuchPlatform,
     NotFound,
     RegistryNotAllowed,
+    StoreFull,
     Unavailable,
 )
+from dadi.fallbacks import Fallbacks
 from dadi.index import layer as layer_index
 from dadi.index.chunks import blob_of
+from dadi.peers.superpeer import ImageAnswer, SuperpeerClient
 from tests.contracts.store import content
 from tests.fakes.registry import FakeRegistry, cut, status
 from tests.lab import images
@@ -333,3 +336,70 @@ async def test_when_the_processors_are_busy_ranges_go_as_they_are(tmp_path: Path
         both = [compressor.range(blob, opened.fileno(), at, CHUNK) for at in (0, CHUNK)]
         first, second = await asyncio.gather(*both)
         assert (first is None, second is None) == (False, True)
+
+
+async def test_a_config_that_lies_about_a_layer_does_not_get_what_an_honest_image_fetches(
+    tmp_path: Path, registry: FakeRegistry, layers: list[bytes]
+) -> None:
+    honest = "sha256:" + hashlib.sha256(layers[0]).hexdigest()
+    registry.add_image("team/liar", "1", [layers[0]])
+    config = next(data for data in registry.blobs.values() if data.count(honest.encode()) == 1 and b"rootfs" in data
+                  and data.count(b"sha256:") == 1)  # fmt: skip
+    lie = config.replace(honest.encode(), b"sha256:" + b"1" * 64)
+    (media_type, manifest) = registry.manifests["team/liar", "1"]
+    manifest = manifest.replace(hashlib.sha256(config).hexdigest().encode(), hashlib.sha256(lie).hexdigest().encode())
+    manifest = manifest.replace(b'"size": %d' % len(config), b'"size": %d' % len(lie))
+    registry.add_blob(lie)
+    registry.add_manifest("team/liar", "1", manifest, media_type)
+    async with running(tmp_path, registry.host) as run:
+        good, bad = await asyncio.gather(
+            run.image(f"{registry.host}/team/app:1"),
+            run.image(f"{registry.host}/team/liar:1"),
+            return_exceptions=True,
+        )
+        assert isinstance(good, ImageAnswer)
+        assert isinstance(bad, DigestMismatch)
+
+
+async def test_when_a_tag_moves_the_old_image_stays_known_by_its_digest(
+    tmp_path: Path, registry: FakeRegistry, layers: list[bytes]
+) -> None:
+    async with running(tmp_path, registry.host, tag_ttl=0.0) as run:
+        old = await run.image(f"{registry.host}/team/app:1")
+        registry.add_image("team/app", "1", [tar_of(new=b"n")])
+        await run.image(f"{registry.host}/team/app:1")
+        registry.blobs.clear()
+        again = await run.image(f"{registry.host}/team/app:1@{old.manifest_digest}")
+        assert again.index_digest == old.index_digest
+
+
+async def test_the_oldest_references_are_forgotten_and_let_go_of(tmp_path: Path, registry: FakeRegistry) -> None:
+    async with running(tmp_path, registry.host, most_images=2) as run:
+        for number in range(4):
+            registry.add_image("team/app", str(number), [tar_of(a=b"%d" % number)])
+            await run.image(f"{registry.host}/team/app:{number}")
+        names = [record.reference.rpartition(":")[2] for record in run.superpeer.catalog.records()]
+        assert names == ["2", "3"]
+        assert len(list((tmp_path / "images").iterdir())) == 2
+        assert run.superpeer.store.statistics()["held"] == 6, "index, layer index and metadata of two images"
+
+
+async def test_what_one_superpeer_does_not_know_another_is_asked_for(
+    tmp_path: Path, registry: FakeRegistry, layers: list[bytes]
+) -> None:
+    async with running(tmp_path / "a", registry.host) as empty, running(tmp_path / "b", registry.host) as full:
+        answer = await full.image(f"{registry.host}/team/app:1")
+        client = SuperpeerClient([empty.url, full.url], Fallbacks(), connect=3, read=10)
+        try:
+            assert await client.whole(answer.index_digest, answer.index_size)
+        finally:
+            await client.close()
+
+
+async def test_an_image_larger_than_the_store_is_refused_and_not_fetched_over_and_over(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    registry.add_image("team/app", "1", [tar_of(a=content(60_000, seed)) for seed in range(3)])
+    async with running(tmp_path, registry.host, limit=150_000) as run:
+        with pytest.raises(StoreFull):
+            await run.image(f"{registry.host}/team/app:1")

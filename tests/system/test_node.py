@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import pytest
 
 from dadi.errors import Conflict, DadiError, NotFound, Unavailable
-from dadi.node import kernel
+from dadi.node import kernel, mounts
 from dadi.node.config import BackfillConfig, NodeConfig, ReadConfig, StoreConfig
 from dadi.node.node import Node
 from dadi.oci.config import RegistryConfig
@@ -347,6 +347,96 @@ async def lie_about(run: Any, reference: str) -> None:
     await store.commit(ingest, Blob(layer.diff_id, layer.table))
     lie = msgspec.structs.replace(index, layers=(layer, *index.layers[1:]))
     await catalog.add(record.reference, record.platform, record.top_digest, lie, image_index.encode(lie))
+
+
+async def test_a_local_mount_outlives_a_restart_although_the_superpeer_is_away(
+    tmp_path: Path, registry: FakeRegistry, target: Path
+) -> None:
+    async with running(tmp_path / "superpeer", registry.host) as run:
+        async with node_of(tmp_path, run.url, backfill=EAGER, unmount_on_stop=False) as node:
+            row = await mounted(node, f"{registry.host}/team/app:1", target)
+            await until(lambda: node.statistics()["mounts"][0]["state"] == "local")
+            for blob in list(node.store._blobs):
+                assert not await node.store.remove(blob), "all of it is held while it is mounted"
+    async with node_of(tmp_path, "http://127.0.0.1:1") as again:
+        assert again.statistics()["mounts"][0]["state"] == "local"
+        assert again.statistics()["mounts"][0]["devices"][0]["device"] == row["devices"][0]["device"]
+        assert await read(target / "big.bin") == BIG
+
+
+async def test_what_cannot_be_restored_is_shown_tried_again_and_can_be_dropped(
+    tmp_path: Path, registry: FakeRegistry, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mounts, "_RETRY_EVERY", 0.05)
+    async with running(tmp_path / "superpeer", registry.host) as run:
+        async with node_of(tmp_path, run.url, unmount_on_stop=False) as node:
+            row = await mounted(node, f"{registry.host}/team/app:1", target)
+            metadata = row["devices"][0]["blob"]
+        os.rename(tmp_path / f"node/state/store/blobs/{metadata[7:]}", tmp_path / "away")
+    async with node_of(tmp_path, run.url, unmount_on_stop=False) as again:
+        (lost,) = again.statistics()["mounts"]
+        assert (lost["state"], lost["directory"]) == ("lost", str(target))
+        assert "cannot connect" in lost["error"]
+        port = int(run.url.rpartition(":")[2])
+        async with running(tmp_path / "superpeer", registry.host, port=port):
+            await until(lambda: again.statistics()["mounts"][0]["state"] == "lazy")
+            assert await read(target / "small.txt") == b"hello\n"
+        await again.mounts.unmount(str(target))
+        assert again.statistics()["mounts"] == []
+
+
+async def test_a_directory_has_one_name_whatever_link_leads_to_it(
+    tmp_path: Path, registry: FakeRegistry, target: Path
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    async with running(tmp_path / "superpeer", registry.host) as run, node_of(tmp_path, run.url) as node:
+        row = await mounted(node, f"{registry.host}/team/app:1", link)
+        assert row["directory"] == str(target)
+        with pytest.raises(Conflict):
+            await mounted(node, f"{registry.host}/team/other:1", target)
+        await node.mounts.unmount(str(link))
+        assert not await in_thread(lambda: kernel.is_mounted(target))
+
+
+async def test_two_nodes_cannot_share_a_run_directory(tmp_path: Path, registry: FakeRegistry, target: Path) -> None:
+    async with running(tmp_path / "superpeer", registry.host) as run, node_of(tmp_path, run.url) as node:
+        config = NodeConfig(state=str(tmp_path / "other"), run=node.config.run, superpeers=(run.url,))
+        with pytest.raises(Conflict, match="used by another process"):
+            await Node.start(config)
+        await mounted(node, f"{registry.host}/team/app:1", target)
+        assert await read(target / "small.txt") == b"hello\n"
+
+
+async def test_many_unmounts_that_wait_for_readahead_do_not_stop_the_node(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    """Each waits in the kernel for reads whose chunks must be verified: these must not need the same threads."""
+    directories = []
+    for number in range(10):
+        registry.add_image("team/many", str(number), [tar_of(**{"big.bin": BIG + b"%d" % number})])
+        directories.append(tmp_path / f"mnt{number}")
+        directories[-1].mkdir()
+    async with contextlib.AsyncExitStack() as stack:
+        async with running(tmp_path / "superpeer", registry.host) as run:
+            node = await stack.enter_async_context(node_of(tmp_path, run.url))
+            for number, directory in enumerate(directories):
+                await mounted(node, f"{registry.host}/team/many:{number}", directory)
+        for directory in directories:
+            await in_thread(partial(begin_to_read, directory / "big.bin"))
+        await until(lambda: node.statistics()["waiting"]["for_upstream"] >= 10)
+        unmounts = [asyncio.create_task(node.mounts.unmount(str(directory))) for directory in directories]
+        port = int(run.url.rpartition(":")[2])
+        async with running(tmp_path / "superpeer", registry.host, port=port), asyncio.timeout(60):
+            await asyncio.gather(*unmounts)
+        assert node.statistics()["mounts"] == []
+        await stack.aclose()
+
+
+def begin_to_read(path: Path) -> None:
+    """Have the kernel read ahead, and go away without waiting for it."""
+    with open(path, "rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 1 << 20, os.POSIX_FADV_WILLNEED)
 
 
 async def test_many_readers_of_a_cold_image_cost_one_copy(

@@ -131,6 +131,17 @@ class TestSingleFlight:
         assert [type(error) for error in errors] == [Unavailable] * 3
         assert await flight.read(BLOB, range(1)) == PARTS[:1]
 
+    async def test_chunks_of_another_size_are_other_chunks(self, source: ScriptedSource) -> None:
+        source.gate = asyncio.Event()
+        flight = SingleFlight(source)
+        larger = blob_of(DATA, 2 * C)
+        first = asyncio.create_task(flight.read(BLOB, range(1, 2)))
+        second = asyncio.create_task(flight.read(larger, range(1, 2)))
+        await asyncio.sleep(0)
+        source.gate.set()
+        assert await first == PARTS[1:2]
+        assert await second == [DATA[2 * C : 4 * C]]
+
     async def test_closing_cancels_what_is_in_flight(self, source: ScriptedSource) -> None:
         source.gate = asyncio.Event()
         flight = SingleFlight(source)

@@ -1,0 +1,61 @@
+"""What is kept of mounts over a restart: a small JSON file for each, under STATE/mounts. No policy."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from dadi.blobs.files import full_or_broken
+from dadi.blobs.layout import write_durably
+from dadi.peers.superpeer import ImageAnswer
+
+log = structlog.get_logger()
+
+
+class MountRecord(msgspec.Struct, frozen=True):
+    """What is kept of a mount. `devices`: the loop devices, metadata first, as they were when it was made."""
+
+    directory: str
+    answer: ImageAnswer
+    devices: tuple[str, ...] = ()
+
+
+class MountRecords:
+    """The records under `directory`."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    async def write(self, record: MountRecord) -> None:
+        """Keep a record, all at once. Raises StoreFull, or Unavailable where the disk is broken."""
+        file = self._file(record.directory)
+        try:
+            await asyncio.to_thread(write_durably, file, msgspec.json.encode(record))
+        except OSError as error:
+            raise full_or_broken(file, error) from None
+
+    async def remove(self, directory: str) -> None:
+        """Forget the record of a mount point, if there is one."""
+        await asyncio.to_thread(self._file(directory).unlink, missing_ok=True)
+
+    async def all(self) -> list[MountRecord]:
+        """Return all records; one that is damaged is dropped, one that cannot be read is left: both are logged."""
+        await asyncio.to_thread(self._directory.mkdir, parents=True, exist_ok=True)
+        found = []
+        for file in await asyncio.to_thread(lambda: sorted(self._directory.glob("*.json"))):
+            try:
+                found.append(msgspec.json.decode(await asyncio.to_thread(file.read_bytes), type=MountRecord))
+            except OSError as error:
+                log.error("could not read a mount record", file=str(file), why=str(error))
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                log.warning("dropped a damaged mount record", file=str(file), why=str(error))
+                await asyncio.to_thread(file.unlink, missing_ok=True)
+        return found
+
+    def _file(self, directory: str) -> Path:
+        return self._directory / f"{hashlib.sha256(os.fsencode(directory)).hexdigest()[:32]}.json"
