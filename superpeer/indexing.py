@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -23,6 +25,8 @@ from dadi.oci.reference import Reference
 from dadi.oci.registry import ResolvedImage
 from superpeer.catalog import Catalog
 from superpeer.origin import Origin
+
+T = TypeVar("T")
 
 
 class Progress(msgspec.Struct):
@@ -98,7 +102,7 @@ class Indexer:
         return index, layer
 
 
-async def _all(work: list) -> list:  # type: ignore[type-arg]  # a list of coroutines of one type, and their results
+async def _all(work: list[Coroutine[Any, Any, T]]) -> list[T]:
     """Run all; when one fails the others are cancelled and its own error is raised (a TaskGroup would wrap it)."""
     tasks = [asyncio.ensure_future(item) for item in work]
     try:
