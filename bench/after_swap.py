@@ -22,6 +22,12 @@ from tests.lab.processes import LabFailed, Node, Registry, Superpeer
 
 _NOW = '[backfill]\nquiet = "0s"\n'
 _TARGET = 0.95
+_COLD = (
+    "Where cold reads fall short: each passes the loop device before it is a read of the local file, "
+    "and a tar's data begins at multiples of 512, so that a page of 4 KiB mostly lies across two blocks of the disk. "
+    "When this was written, fio read a bare loop device (O_DIRECT, 8 threads) 51,000 times a second at aligned offsets "
+    "and 40,000 to 49,000 times at such offsets, the file itself 55,000 times."
+)
 
 
 def run(bench: Bench) -> None:
@@ -55,27 +61,16 @@ def run(bench: Bench) -> None:
             ("random 4 KiB, 8 threads", "randread", "4k", 8, "iops"),
         ):
             for warm in (False, True):
-                def read(directory: Path, warm: bool = warm, kind: str = kind, block: str = block, jobs: int = jobs,
-                         unit: str = unit) -> float:  # fmt: skip
-                    file = directory / "data/0/0"
-                    drop_caches()
-                    if warm:
-                        _read(file)
-                    value = fio(file, kind=kind, block=block, jobs=jobs, seconds=seconds)[unit]
-                    return value / 1e6 if unit == "bytes" else value
-
-                if not warm and kind == "read":
-                    measure = [partial(_timed, _read, side / "data/0/0", False) for side in sides["large"]]
-                    ours, theirs = alternately(rounds, *measure)
-                    ours, theirs = ([size / t / 1e6 for t in times] for times in (ours, theirs))
-                else:
-                    ours, theirs = alternately(rounds, *(partial(read, side) for side in sides["large"]))
-                label = f"{what}, {'warm' if warm else 'cold'}"
+                read = partial(_fio, kind=kind, block=block, jobs=jobs, unit=unit, seconds=seconds if warm else None)
+                ours, theirs = alternately(rounds, *(partial(read, side / "data/0/0") for side in sides["large"]))
+                label = f"{what}, {'warm' if warm else 'cold, each block once'}"
                 bench.add(Row(label, "MB/s" if unit == "bytes" else "/s", ours, theirs, target=_TARGET))
         for name in sides:
             subprocess.run(["umount", str(sides[name][0])], check=True)
     bench.note(f"The Debian tree: {tree.files:,} paths, {tree.unpacked_size / 1e6:.0f} MB; the large file: "
                f"{size >> 20} MiB of random bytes. dadi-node was stopped before measuring.")  # fmt: skip
+    if any(row.met is False and "cold" in row.what for row in bench.rows):
+        bench.note(_COLD)
 
 
 def _mounted(lab: Lab, node: Node, name: str, reference: str) -> Path:
@@ -92,6 +87,14 @@ def _unpacked(lab: Lab, name: str, image: Image) -> Path:
     if done.returncode != 0:
         raise LabFailed(f"umoci unpack: {done.stderr}")
     return bundle / "rootfs"
+
+
+def _fio(file: Path, *, kind: str, block: str, jobs: int, unit: str, seconds: int | None) -> float:
+    drop_caches()
+    if seconds is not None:
+        _read(file)
+    value = fio(file, kind=kind, block=block, jobs=jobs, seconds=seconds)[unit]
+    return value / 1e6 if unit == "bytes" else value
 
 
 def _timed(act: Callable[[Path], None], path: Path, warm: bool) -> float:

@@ -20,7 +20,8 @@ import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ class Bench:
                   "rows": [asdict(row) for row in self.rows], "notes": self.notes, "machine": machine()}  # fmt: skip
         (directory / f"{self.name}.json").write_text(json.dumps(record, indent=1) + "\n")
         text = table(self)
-        if any(row.baseline for row in self.rows):
+        if any(row.baseline or row.limit for row in self.rows):
             plot(self, directory / f"{self.name}.png")
             text += f"\n![{self.title}]({self.name}.png)\n"
         (directory / f"{self.name}.md").write_text(text)
@@ -129,6 +130,7 @@ def table(bench: Bench) -> str:
             target = f"< {number(row.limit)} {row.unit}"
         verdict = f"{row.verdict} {row.note}".strip()
         lines.append([row.what, f"{number(row.value)} {row.unit}", base, ratio, target, verdict])
+    lines = [[cell.replace("|", "\\|") for cell in cells] for cells in lines]
     text = f"## {bench.title}\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     if bench.quick:
         text += "\nA quick run: fewer and smaller measurements than usual.\n"
@@ -136,29 +138,39 @@ def table(bench: Bench) -> str:
 
 
 def plot(bench: Bench, path: Path) -> None:
-    """Draw each comparison as a pair of bars relative to the baseline, with single measurements as dots."""
+    """Draw each comparison as a pair of bars relative to the baseline, with single measurements as dots.
+
+    A row that has a limit and no baseline is one bar, relative to the limit.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    rows = [row for row in bench.rows if row.base]
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.62 * len(rows)), layout="constrained")
+    rows = [row for row in bench.rows if row.base or row.limit]
+    figure, axes = pyplot.subplots(figsize=(9, 1.4 + 0.62 * len(rows)), layout="constrained")
     for at, row in enumerate(rows):
-        base = row.base or 1.0
+        whole = row.base or row.limit or 1.0
         for shift, values, colour in ((-0.2, row.baseline, "#9aa0a6"), (0.2, row.values, "#1a7f5a")):
-            middle = statistics.median(values) / base
-            axes.barh(at + shift, middle, height=0.36, color=colour)
-            axes.plot([v / base for v in values], [at + shift] * len(values), ".", color="black", markersize=3)
-            axes.text(middle, at + shift, f" {number(statistics.median(values))} {row.unit}", va="center", fontsize=8)
-        if row.target is not None:
-            mark = row.target if row.better == "more" else 1 / row.target
+            if not values:
+                continue
+            middle = statistics.median(values)
+            axes.barh(at + shift, middle / whole, height=0.36, color=colour)
+            axes.plot([v / whole for v in values], [at + shift] * len(values), ".", color="black", markersize=3)
+            axes.text(max(values) / whole, at + shift, f"  {number(middle)} {row.unit}", va="center", fontsize=8)
+        mark = None if row.target is None else row.target if row.better == "more" else 1 / row.target
+        if row.limit is not None:
+            mark = row.limit / whole
+        if mark is not None:
             axes.plot([mark, mark], [at - 0.45, at + 0.45], "--", color="#b3261e", linewidth=1)
-    axes.set_yticks(range(len(rows)), [f"{row.what}\n({row.better} is better)" for row in rows], fontsize=8)
+    better = ["less" if row.limit is not None else row.better for row in rows]
+    axes.set_yticks(range(len(rows)), [f"{row.what}\n({b} is better)" for row, b in zip(rows, better, strict=True)],
+                    fontsize=8)  # fmt: skip
     axes.invert_yaxis()
     axes.margins(x=0.18)
-    axes.set_xlabel(f"relative to {bench.theirs} (grey); green: {bench.ours}; dashed: target")
-    axes.set_title(bench.title, fontsize=10)
+    grey = f"relative to {bench.theirs} (grey)" if any(row.base for row in rows) else "relative to the limit"
+    axes.set_xlabel(f"{grey}; green: {bench.ours}; dashed: target", fontsize=9)
+    figure.suptitle("\n".join(textwrap.wrap(bench.title, 90)), fontsize=10)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(path, dpi=110)
@@ -202,16 +214,22 @@ def alternately(times: int, *acts: Callable[[], float]) -> list[list[float]]:
     return found
 
 
-def fio(path: Path, *, kind: str, block: str, seconds: int, jobs: int = 1, direct: bool = False,
-        prefix: Sequence[str] = ()) -> dict[str, float]:  # fmt: skip
-    """Read `path` by fio for `seconds`; returns {"iops", "bytes"} a second, of all jobs together.
+def fio(path: Path, *, kind: str, block: str, seconds: int | None, jobs: int = 1,
+        direct: bool = False) -> dict[str, float]:  # fmt: skip
+    """Read `path` by fio; returns {"iops", "bytes"} a second, of all jobs together.
 
-    `kind` is fio's "read" or "randread"; `direct` opens with O_DIRECT. The same jobs read the same offsets every time.
+    `kind` is fio's "read" or "randread"; `direct` opens with O_DIRECT. Random reads go on for `seconds` all over the
+    file; without `seconds`, each block is read exactly once, each job taking its share of the file. The same call
+    reads the same offsets every time.
     """
-    command = [*prefix, "fio", "--name=read", f"--filename={path}", f"--rw={kind}", f"--bs={block}",
-               f"--numjobs={jobs}", "--thread", "--ioengine=psync", f"--direct={int(direct)}", "--time_based",
-               f"--runtime={seconds}", "--group_reporting", "--randrepeat=1", "--norandommap", "--readonly",
-               "--invalidate=0", "--output-format=json"]  # fmt: skip
+    command = ["fio", "--name=read", f"--filename={path}", f"--rw={kind}", f"--bs={block}", f"--numjobs={jobs}",
+               "--thread", "--ioengine=psync", f"--direct={int(direct)}", "--group_reporting", "--randrepeat=1",
+               "--readonly", "--invalidate=0", "--output-format=json"]  # fmt: skip
+    if seconds is not None:
+        command += ["--time_based", f"--runtime={seconds}", "--norandommap"]
+    else:
+        share = path.stat().st_size // jobs
+        command += [f"--size={share}", f"--offset_increment={share}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"fio failed with status {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")

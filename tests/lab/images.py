@@ -30,6 +30,8 @@ from tests.lab.oci_layout import Compression, Image, Layer, Layout
 ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "lab"
 ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LC_ALL": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
+_PIECE = 64 << 20  # random.randbytes cannot make 256 MiB at once
+
 Report = Callable[[str], None]
 """Called with one sentence whenever a step that takes seconds begins."""
 
@@ -144,7 +146,8 @@ def _synthetic_layer(
     def content(length: int) -> bytes:
         repeated = int(length * compressible)
         line = b"layer %d says %d\n" % (number, source.randrange(10**9))
-        return (line * (repeated // len(line) + 1))[:repeated] + source.randbytes(length - repeated)
+        pieces = [source.randbytes(min(_PIECE, length - at)) for at in range(repeated, length, _PIECE)]
+        return (line * (repeated // len(line) + 1))[:repeated] + b"".join(pieces)
 
     if whiteouts and number:
         below = number - 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,10 +18,7 @@ from tests.lab.cleanup import Lab, leak_check, loops, mounts_below, signals_as_e
 from tests.lab.network import Network
 from tests.lab.processes import LabFailed, Process, Registry
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces and mounts"),
-    pytest.mark.skipif(not shutil.which("tc", path="/usr/sbin:/sbin"), reason="needs iproute2"),
-]
+pytestmark = [pytest.mark.root, pytest.mark.programs("ip", "tc", "nsenter", "unshare", "losetup")]
 
 MESS = """
 import os, signal, subprocess, sys, time
@@ -127,7 +123,7 @@ def test_a_daemon_that_ends_at_once_is_reported_with_its_words(tmp_path: Path) -
             process.wait_until(lambda: False)
 
 
-@pytest.mark.skipif(not shutil.which("umoci") or not shutil.which("skopeo"), reason="needs skopeo and umoci")
+@pytest.mark.programs("docker-registry", "skopeo", "umoci", "ldd")
 def test_host_python_runs_from_a_registry_by_an_ordinary_unpack(tmp_path: Path) -> None:
     image = images.host_python()
     with Lab("image", tmp_path) as lab:
