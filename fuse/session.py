@@ -263,11 +263,11 @@ class Session:
         try:
             _, opcode, unique, *_ = wire.READ_REQUEST.unpack_from(message)
             if not _is_unwanted(error):
-                log.error("a FUSE request failed", opcode=opcode, why=repr(error), exc_info=not _is_expected(error))
                 self._count(errors=1)
                 if opcode not in (wire.FORGET, wire.BATCH_FORGET, wire.INTERRUPT):
                     self._pending.pop(unique, None)
                     self._write(wire.error_reply(unique, device.errno_of(error)))
+                _report(error, "a FUSE request failed", opcode=opcode)
         except Exception:
             log.exception("failing a FUSE request failed")
 
@@ -275,9 +275,9 @@ class Session:
         try:
             data = device.read_cold(node, offset, length)
         except Exception as error:
-            log.error("reading a local file failed", file=node.name, offset=offset, length=length, why=repr(error))
             self._count(errors=1)
             self._write(wire.error_reply(unique, device.errno_of(error)))
+            _report(error, "reading a local file failed", file=node.name, offset=offset, length=length)
         else:
             self._count(hits=1, hit_bytes=length)
             self._write(wire.REPLY.pack(wire.REPLY.size + length, 0, unique), data)
@@ -295,9 +295,8 @@ class Session:
             self._finish(unique, device.FAILED)  # if it was not us who cancelled: nobody may be left waiting
             raise
         except Exception as error:
-            report = log.warning if _is_expected(error) else log.exception
-            report("a read of missing bytes failed", file=node.name, offset=offset, length=length, why=str(error))
             self._finish(unique, device.errno_of(error))
+            _report(error, "a read of missing bytes failed", file=node.name, offset=offset, length=length)
         else:
             self._finish(unique, data)
 
@@ -338,6 +337,13 @@ class Session:
         with self._lock:
             for name, number in more.items():
                 self._counts[name] += number
+
+
+def _report(error: BaseException, what: str, **about: object) -> None:
+    """Log a failed request, after it was answered; a log that cannot be written must not leave a reader waiting."""
+    with contextlib.suppress(Exception):
+        report = log.warning if _is_expected(error) else log.error
+        report(what, why=repr(error), exc_info=None if _is_expected(error) else error, **about)
 
 
 def _is_expected(error: BaseException) -> bool:
