@@ -90,6 +90,8 @@ def _cost_of_one(bench: Bench, node: Node, path: Path, seconds: int) -> None:
     fio(path, kind="randread", block="4k", jobs=8, seconds=seconds, direct=True)
     user, system = (after - b for after, b in zip(_cpu_seconds(node), before, strict=True))
     count = node.status()["reads"]["requests"] - requests
+    bench.note("A 1 MiB hit is copied twice on its way, from the page cache "
+               "to our buffer and from there to the reader; a local read once.")
     bench.note(f"One 4 KiB hit costs our process {user / count * 1e6:.1f} µs of CPU in Python and its libraries and "
                f"{system / count * 1e6:.1f} µs in the kernel (three system calls: take the request, read the page "
                "cache, answer), beside the reader's own; a read of a cached local file is one system call and no "
