@@ -7,6 +7,7 @@ import dataclasses
 import aiohttp
 import msgspec
 
+from dadi import digest as digests
 from dadi.errors import AccessDenied, DadiError, InvalidRequest, Malformed, NotFound, TooLarge, Unavailable
 from dadi.oci.retry import Clock, parse_retry_after
 
@@ -40,22 +41,34 @@ class Answer:
     """The answer to a request: status and headers at once, the body as it comes. Valid while its `open` is."""
 
     def __init__(
-        self, response: aiohttp.ClientResponse, host: str, at_home: bool, counters: Counters, clock: Clock
+        self, response: aiohttp.ClientResponse, url: str, host: str, at_home: bool, counters: Counters, clock: Clock
     ) -> None:
         self._response = response
         self._counters = counters
         self._clock = clock
         self.status = response.status
         self.headers = response.headers
+        self.url = url
+        """What a relative Location is relative to. It may hold credentials: never to be shown."""
         self.host = host
         """Who answered, after redirects."""
         self.at_home = at_home
         """Whether that is the origin that was asked; only its challenges are answered with credentials."""
+        self.said = ""
+        """The registry's own words, once `error` was asked for."""
 
     @property
     def length(self) -> int | None:
         """Bytes of the body as announced."""
         return self._response.content_length
+
+    @property
+    def digest(self) -> str | None:
+        """The digest that the registry gives for the content, None if it gives none that we can check."""
+        try:
+            return digests.parse(self.headers.get("Docker-Content-Digest", ""))
+        except InvalidRequest:
+            return None
 
     async def piece(self) -> bytes:
         """Return the next piece of the body, as large as the socket gave since the last one; b"" at the end."""
@@ -78,8 +91,8 @@ class Answer:
 
     async def error(self, what: str, registry: str) -> DadiError:
         """Return the error that a status other than the expected one means for `what`, asked of `registry`."""
-        said = await self._said()
-        sentence = f"{what}: {self.host} answers {self.status}{said}"
+        self.said = await self._said()
+        sentence = f"{what}: {self.host} answers {self.status}{f' ({self.said})' if self.said else ''}"
         if self.status in (401, 403) and not self.at_home:
             # A signed link that has run out: asking the registry again gives a new one.
             return Unavailable(f"{what}: {self.host}, to which the registry redirects, answers {self.status}")
@@ -103,4 +116,4 @@ class Answer:
             return ""
         text = "; ".join(f"{problem.code} {problem.message}".strip() for problem in problems[:3])
         clean = "".join(character if character.isprintable() else " " for character in text)
-        return f" ({clean[:200]})" if clean else ""
+        return clean[:200]

@@ -31,7 +31,8 @@ from dadi.oci import challenge as challenges
 from dadi.oci.answer import Answer
 from dadi.oci.challenge import Challenge
 from dadi.oci.credentials import Credentials, CredentialSource
-from dadi.oci.hosts import Hosts
+from dadi.oci.hosts import Hosts, origin_of
+from dadi.oci.outgoing import Body
 from dadi.oci.transport import Transport
 
 CLIENT_ID = "dadi"
@@ -70,20 +71,31 @@ class Authenticator:
 
     @contextlib.asynccontextmanager
     async def open(
-        self, method: str, registry: str, url: str, headers: Mapping[str, str], scope: str
+        self,
+        method: str,
+        registry: str,
+        url: str,
+        headers: Mapping[str, str],
+        scope: str,
+        *,
+        body: Body | None = None,
     ) -> AsyncIterator[Answer]:
         """Send a request as `Transport.open` does, and prove who we are if `registry` (host[:port]) asks for it.
 
-        `scope` is what the request needs, for example "repository:library/debian:pull". An answer of 401 or 403 means
-        that nothing we have is good enough. Raises AccessDenied if a token or credentials cannot be had.
+        `url` may be of another host (where a registry wants its uploads): nothing is proved there. `scope` is what the
+        request needs, for example "repository:library/debian:pull". An answer of 401 or 403 means that nothing we have
+        is good enough. Raises AccessDenied if a token or credentials cannot be had.
         """
+        home = origin_of(self._hosts.base_url(registry))
         grant = self._grant((registry, scope))
         fresh = False
         for round_ in range(_ROUNDS + 1):
             if grant.challenge and self._transport.clock.monotonic() >= grant.expires:
                 fresh = await self._renew(grant, registry, scope, grant.authorization)
             shown = grant.authorization
-            async with self._transport.open(method, url, headers, authorization=shown) as answer:
+            async with self._transport.open(
+                method, url, headers, authorization=shown, home=home, body=body
+            ) as answer:
                 # New proof helps against 401 ("who are you?"), and against 403 only if the old proof may have run out.
                 refused = answer.status == 401 or (answer.status == 403 and shown is not None and not fresh)
                 if refused and answer.at_home and round_ < _ROUNDS:
@@ -142,16 +154,17 @@ class Authenticator:
     ) -> tuple[str, float]:
         """Return a token for the challenge's scope (ours if it names none), and its lifetime in seconds."""
         realm = self._hosts.realm(registry, params.get("realm", ""))
-        fields = {"service": params.get("service", ""), "scope": params.get("scope") or scope}
-        fields = {name: value for name, value in fields.items() if value}
+        scopes = wanted_scopes(params.get("scope", ""), scope)
+        service = {"service": params["service"]} if params.get("service") else {}
         headers: dict[str, str] = {}
         authorization = form = None
         if credentials is not None and credentials.identity_token:
             secret = credentials.identity_token
-            form = {"grant_type": "refresh_token", "refresh_token": secret, "client_id": CLIENT_ID, **fields}
+            form = {"grant_type": "refresh_token", "refresh_token": secret, "client_id": CLIENT_ID, **service}
+            form["scope"] = " ".join(scopes)
         else:
             authorization = credentials.basic if credentials is not None and credentials.username else None
-            realm += ("&" if "?" in realm else "?") + urlencode(fields)
+            realm += ("&" if "?" in realm else "?") + urlencode({**service, "scope": scopes}, doseq=True)
         method = "GET" if form is None else "POST"
         what = f"a token for {registry}"
         self._transport.counters.tokens += 1
@@ -179,6 +192,21 @@ class Authenticator:
                 hint = f"the credentials for {registry} may be wrong or have run out: `docker login {registry}`"
             return AccessDenied(f"{what}: {answer.host} refuses one ({answer.status})", hint=hint)
         return await answer.error(what, registry)
+
+
+def wanted_scopes(asked: str, needed: str) -> list[str]:
+    """Return the scopes to fetch a token for: those of the challenge, ours if it names none.
+
+    For pushing it is both together: the first request of a push is a HEAD, which is challenged for reading only, and
+    the token must still be good for what follows. A scope is type:name:action[,action…].
+    """
+    if ",push" not in needed:
+        return asked.split() or needed.split()
+    actions: dict[str, dict[str, None]] = {}
+    for scope in (*asked.split(), *needed.split()):
+        resource, _, of = scope.rpartition(":")
+        actions.setdefault(resource, {}).update(dict.fromkeys(of.split(",")))
+    return [f"{resource}:{','.join(of)}" for resource, of in actions.items()]
 
 
 def _landed(grant: _Grant, task: asyncio.Task[None]) -> None:

@@ -58,9 +58,11 @@ class Downloads:
                     self._counters.resumed += 1
                 turns.failed(error)
 
-    async def range(self, ref: Reference, descriptor: Descriptor, offset: int, length: int) -> bytes:
+    async def range(
+        self, ref: Reference, descriptor: Descriptor, offset: int, length: int, *, mirrors: bool
+    ) -> bytes:
         """Return the bytes [offset, offset + length) of a blob; see `RegistryClient.blob_range`."""
-        turns = self._endpoints.turns(ref.registry)
+        turns = self._endpoints.turns(ref.registry, mirrors=mirrors)
         while True:
             endpoint = await turns.next()
             try:

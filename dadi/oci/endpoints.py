@@ -11,6 +11,8 @@ The registry's word is final: what a failed round raises is what the registry sa
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import structlog
 
@@ -20,6 +22,8 @@ from dadi.oci.config import RegistryConfig
 from dadi.oci.hosts import Hosts
 from dadi.oci.reference import Reference
 from dadi.oci.retry import Clock, Patience
+
+T = TypeVar("T")
 
 _MAX_REGISTRIES = 1000
 
@@ -57,6 +61,10 @@ class Endpoint:
         """Return the scope of a token for reading."""
         return f"repository:{self.repository(ref)}:pull"
 
+    def push_scope(self, ref: Reference) -> str:
+        """Return the scope of a token for writing."""
+        return f"repository:{self.repository(ref)}:pull,push"
+
 
 class Endpoints:
     """All registries that were asked for, and the state of their hosts."""
@@ -91,6 +99,18 @@ class Endpoints:
             max_retry_after=config.max_retry_after,
         )
         return Turns(endpoints if mirrors else endpoints[-1:], patience, self)
+
+    async def ask(
+        self, registry: str, attempt: Callable[[Endpoint], Awaitable[T]], *, mirrors: bool = True
+    ) -> T:
+        """Return what the first endpoint that can answers, each tried as often as patience lasts."""
+        turns = self.turns(registry, mirrors=mirrors)
+        while True:
+            endpoint = await turns.next()
+            try:
+                return await attempt(endpoint)
+            except DadiError as error:
+                turns.failed(error)
 
     def is_awake(self, endpoint: Endpoint, *, first_round: bool) -> bool:
         """Whether an endpoint takes part in a round; the registry itself always does."""

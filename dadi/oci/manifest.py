@@ -123,6 +123,7 @@ class _WireConfig(_WirePlatform):
 
 _document = msgspec.json.Decoder(_Document)
 _config = msgspec.json.Decoder(_WireConfig)
+_entry = msgspec.json.Decoder(_WireDescriptor)
 
 
 def parse(data: bytes, content_type: str = "", *, expected: str = "", limit: int = MAX_SIZE) -> Manifest | Index:
@@ -172,21 +173,31 @@ def parse_config(data: bytes, manifest: Manifest) -> ImageConfig:
     return ImageConfig(_platform(config), diff_ids)
 
 
+def parse_descriptor(data: bytes) -> Descriptor:
+    """Return one descriptor; raise Malformed, or Unsupported for a digest of another kind than sha256."""
+    return _descriptor(_decode(_entry, data, "descriptor"))
+
+
 def candidates(index: Index, platform: Platform) -> list[Descriptor]:
     """Return the entries to look at for a platform, the best first; raise NoSuchPlatform if there is none.
 
     An entry that names a platform is taken at its word. Where none of them suits, entries that name no platform come
     into question: only the image's config says what they are for. Attestations and other artifacts are left out.
     """
-    images = [entry for entry in index.manifests if _is_image_entry(entry)]
-    distances = [(platforms.distance(entry.platform, platform), entry) for entry in images if entry.platform]
+    offers = images(index)
+    distances = [(platforms.distance(entry.platform, platform), entry) for entry in offers if entry.platform]
     suitable = [(distance, entry) for distance, entry in distances if distance is not None]
     if suitable:
         return [min(suitable, key=lambda pair: pair[0])[1]]
-    silent = [entry for entry in images if entry.platform is None]
+    silent = [entry for entry in offers if entry.platform is None]
     if not silent:
-        raise no_such_platform(platform, (entry.platform for entry in images if entry.platform))
+        raise no_such_platform(platform, (entry.platform for entry in offers if entry.platform))
     return silent
+
+
+def images(index: Index) -> list[Descriptor]:
+    """Return the entries that are images (or indexes of images): no attestations, no other artifacts."""
+    return [entry for entry in index.manifests if _is_image_entry(entry)]
 
 
 def no_such_platform(wanted: Platform, available: Iterable[Platform]) -> NoSuchPlatform:

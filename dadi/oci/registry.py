@@ -1,20 +1,21 @@
-"""The registry client: from a reference to verified manifests and to the bytes of blobs.
+"""The registry client: from a reference to verified manifests and to the bytes of blobs, and back.
 
     resolve     HEAD manifests/<tag>; GET where HEAD does not say enough
     manifest    GET manifests/<tag or digest>, verified
     image       manifest → (index → entry for the platform →) manifest → config, each verified by its digest
     blob        GET blobs/<digest>, streamed, resumed (`download.py`)
+    push_…      blobs and manifests (`push.py`), referrers (`referrers.py`), indexes under a tag (`tagged.py`)
 
-(OCI distribution specification, "Pull".) Each call goes through three layers, one file each: `endpoints.py` says whom
-to ask next and when, `auth.py` proves who we are, `transport.py` sends the request; where a request may go at all is
-decided in `hosts.py`. How many calls run at once is the caller's business: nothing is queued here.
+(OCI distribution specification, "Pull", "Push".) Each call goes through three layers, one file each: `endpoints.py`
+says whom to ask next and when, `auth.py` proves who we are, `transport.py` sends the request; where a request may go at
+all is decided in `hosts.py`. How many calls run at once is the caller's business: nothing is queued here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial
 from typing import TypeVar
@@ -34,8 +35,11 @@ from dadi.oci.endpoints import Endpoint, Endpoints
 from dadi.oci.hosts import Hosts
 from dadi.oci.manifest import Descriptor, ImageConfig, Index, Manifest
 from dadi.oci.platforms import Platform
+from dadi.oci.push import Pushed, Pushes
 from dadi.oci.reference import Reference
+from dadi.oci.referrers import Referrers
 from dadi.oci.retry import Clock
+from dadi.oci.tagged import TaggedIndexes
 from dadi.oci.transport import Transport
 
 T = TypeVar("T")
@@ -70,13 +74,17 @@ class ResolvedImage(msgspec.Struct, frozen=True):
 
 
 class RegistryClient:
-    """Reads images from registries. Make it anywhere, use it in one event loop, close it with `close`.
+    """Reads images from registries and pushes to them. Make it anywhere, use it in one event loop, close it (`close`).
 
     Every method raises RegistryNotAllowed before it contacts anybody if the configuration does not allow the
     registry; NotFound; AccessDenied; Unavailable once retries are used up (`retry_after` says what the registry
     asked for, if that was longer than we wait); DigestMismatch if what came is wrong twice; Malformed, TooLarge and
     Unsupported for documents that make no sense, are too large, or are of another kind. Raises ConfigError when made
     if the configuration makes no sense.
+
+    What pushes, and what concerns referrers and indexes under a tag, goes to the registry itself and never to a
+    mirror. A registry that does not want to be written to raises AccessDenied or Unsupported, one whose tag must not
+    change Conflict; the hints say what to do instead.
     """
 
     def __init__(
@@ -94,6 +102,9 @@ class RegistryClient:
         self._auth = Authenticator(self._transport, hosts, credentials)
         self._endpoints = Endpoints(config, hosts, clock, self._transport.counters)
         self._downloads = Downloads(self._endpoints, self._auth, self._transport.counters)
+        self._pushes = Pushes(self._endpoints, self._auth, hosts)
+        self._tagged = TaggedIndexes(self._pushes, self._endpoints, self._auth, clock)
+        self._referrers = Referrers(self._pushes, self._tagged, self._endpoints, self._auth, self.manifest)
 
     def __repr__(self) -> str:
         counters = self._transport.counters
@@ -152,7 +163,9 @@ class RegistryClient:
             raise TooLarge(f"blob {descriptor.digest} has {descriptor.size} bytes; the limit is {limit}")
         return await self._ask(ref, lambda endpoint: self._blob_at(endpoint, ref, descriptor))
 
-    async def blob_range(self, ref: Reference, descriptor: Descriptor, offset: int, length: int) -> bytes:
+    async def blob_range(
+        self, ref: Reference, descriptor: Descriptor, offset: int, length: int, *, mirrors: bool = True
+    ) -> bytes:
         """Return the bytes [offset, offset + length) of a blob, exactly these, unverified.
 
         Raises Unsupported if the registry does not do ranges: the whole blob is not read for a part of it.
@@ -161,17 +174,70 @@ class RegistryClient:
             raise InvalidRequest(f"bytes {offset}+{length} of a blob of {descriptor.size} bytes")
         if length == 0:
             return b""
-        return await self._downloads.range(ref, descriptor, offset, length)
+        return await self._downloads.range(ref, descriptor, offset, length, mirrors=mirrors)
+
+    # ---- pushing
+
+    async def has_blob(self, ref: Reference, digest: str) -> bool:
+        """Whether the repository has a blob already."""
+        return await self._pushes.has_blob(ref, digest)
+
+    async def push_blob(
+        self,
+        ref: Reference,
+        digest: str,
+        size: int,
+        source: bytes | Callable[[], AsyncIterator[bytes]],
+        *,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> bool:
+        """Push a blob unless it is there; return whether it was sent.
+
+        `source` is the bytes, or is called for them, anew for each attempt (and closed, if it can be); what it raises
+        is raised as it is and not retried. `on_progress` hears how many bytes of this attempt are sent: it may go back
+        to 0. Raises InvalidRequest if there are not `size` bytes, DigestMismatch if the registry finds another digest.
+        """
+        return await self._pushes.push_blob(ref, digest, size, source, on_progress)
+
+    async def mount_blob(self, ref: Reference, digest: str, size: int, from_repository: str) -> bool:
+        """Have a blob taken over from another repository of the registry; return False if it has to be pushed."""
+        return await self._pushes.mount_blob(ref, digest, size, from_repository)
+
+    async def push_manifest(self, ref: Reference, raw: bytes, media_type: str) -> Pushed:
+        """Push a manifest or index under the reference's digest, which must be right, or else under its tag."""
+        return await self._pushes.push_manifest(ref, raw, media_type)
+
+    # ---- referrers, and indexes under a tag
+
+    async def referrers(self, ref: Reference, digest: str, artifact_type: str = "") -> list[Descriptor]:
+        """Return what has this manifest as its subject, of one artifact type if that is given; the registry's word."""
+        return await self._referrers.of(ref, digest, artifact_type)
+
+    async def push_referrer(self, ref: Reference, raw: bytes, media_type: str, subject: str) -> Descriptor:
+        """Push a manifest with a subject (a digest) so that `referrers` of that finds it; return its descriptor.
+
+        It is listed with the artifact type and the annotations that it has itself. Its blobs must be there already.
+        """
+        return await self._referrers.push(ref, raw, media_type, subject)
+
+    async def tagged_index(self, ref: Reference, tag: str) -> list[Descriptor]:
+        """Return the entries of the index under a tag of the repository, none if there is no such tag."""
+        return await self._tagged.entries(ref, tag)
+
+    async def update_index(
+        self, ref: Reference, tag: str, change: Callable[[list[Descriptor]], list[Descriptor]]
+    ) -> None:
+        """Change the entries of the index under a tag, which others may change at the same time; see `tagged.py`.
+
+        `change` is called several times; it must leave alone a list in which its change is already, or this ends in
+        Conflict. Takes half a second at least if there is something to change.
+        """
+        await self._tagged.update(ref, tag, change)
+
+    # ---- reading
 
     async def _ask(self, ref: Reference, attempt: Callable[[Endpoint], Awaitable[T]]) -> T:
-        """Return what the first endpoint that can answers."""
-        turns = self._endpoints.turns(ref.registry)
-        while True:
-            endpoint = await turns.next()
-            try:
-                return await attempt(endpoint)
-            except DadiError as error:
-                turns.failed(error)
+        return await self._endpoints.ask(ref.registry, attempt)
 
     async def _resolve_at(self, endpoint: Endpoint, ref: Reference) -> Descriptor:
         async with self._open_manifest("HEAD", endpoint, ref) as answer:
@@ -189,7 +255,7 @@ class RegistryClient:
                 raise await answer.error(f"{ref}", endpoint.host)
             raw = await answer.body(limit, f"the manifest of {ref}")
         digest = await _digest_of(raw)
-        for expected in (ref.digest, _header_digest(answer)):
+        for expected in (ref.digest, answer.digest):
             if expected not in (None, digest):
                 raise DigestMismatch(f"{answer.host}: the manifest of {ref} has digest {digest}", source=endpoint.host)
         with _about(ref):
@@ -266,17 +332,9 @@ def _about(ref: Reference) -> Iterator[None]:
         raise
 
 
-def _header_digest(answer: Answer) -> str | None:
-    """Return the digest that the registry gives beside a manifest, None if it gives none that we can check."""
-    try:
-        return digests.parse(answer.headers.get("Docker-Content-Digest", ""))
-    except InvalidRequest:
-        return None
-
-
 def _told(answer: Answer) -> Descriptor | None:
     """Return the descriptor that an answer's headers make, None if they do not make one."""
-    digest = _header_digest(answer)
+    digest = answer.digest
     media_type = media_types.bare(answer.headers.get("Content-Type", ""))
     if digest is None or not answer.length or media_type not in media_types.INDEXES | media_types.MANIFESTS:
         return None

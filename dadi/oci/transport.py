@@ -23,12 +23,17 @@ from dadi import __version__
 from dadi.errors import ConfigError, DadiError, Malformed, RegistryNotAllowed, Unavailable
 from dadi.oci.answer import Answer, Counters
 from dadi.oci.config import RegistryConfig
-from dadi.oci.hosts import Hosts, origin_of
+from dadi.oci.hosts import Hosts, Origin, origin_of
+from dadi.oci.outgoing import Body, Outgoing, SourceFailed
 from dadi.oci.retry import Clock
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_REDIRECTS_AS_IT_IS = frozenset({307, 308})
+"""After the others, method and body of anything but a GET or HEAD would change (RFC 9110, 15.4)."""
 _BUFFER = 1 << 20
 """Bytes that a connection reads ahead of us; twice this is where it stops."""
+_SETTLES_AT = 10 << 20
+"""Bytes a second at which a registry puts away what it was sent, before it answers: some copy it once more."""
 _SMALL = 64 << 10
 """Bytes of an unread rest that are read so that the connection can be used again; above, it is closed."""
 
@@ -52,18 +57,23 @@ class Transport:
         headers: Mapping[str, str],
         *,
         authorization: str | None = None,
+        home: Origin | None = None,
         form: Mapping[str, str] | None = None,
+        body: Body | None = None,
         follow: bool = True,
     ) -> AsyncIterator[Answer]:
         """Send a request and give its answer, after redirects unless `follow` is False.
 
-        `authorization` goes to the origin of `url` and to no other. Raises Unavailable for everything that happens on
-        the way, also while the body is read inside the `async with`; ConfigError for certificates that are not
-        trusted; RegistryNotAllowed and Malformed for redirects that are not followed.
+        `authorization` goes to `home` (the origin of `url` if it is None) and to no other. Raises Unavailable for
+        everything that happens on the way, also while the answer is read inside the `async with`; ConfigError for
+        certificates that are not trusted; RegistryNotAllowed and Malformed for redirects that are not followed;
+        SourceFailed if `body` cannot be read.
         """
-        home = origin_of(url)
-        host = _shown(home)
+        home = home or origin_of(url)
+        host = _shown(origin_of(url))
         hop = 0
+        outgoing: Outgoing | None = None
+        follows = _REDIRECTS if method in ("GET", "HEAD") else _REDIRECTS_AS_IT_IS
         try:
             while True:
                 origin = origin_of(url)
@@ -71,21 +81,27 @@ class Transport:
                 sent = dict(headers)
                 if authorization is not None and origin == home:
                     sent["Authorization"] = authorization
-                response = await self._send(method, url, sent, form)
-                if not follow or response.status not in _REDIRECTS:
+                outgoing = body.start() if body is not None else None
+                response = await self._send(method, url, sent, form, outgoing)
+                if not follow or response.status not in follows:
                     break
                 hop += 1
                 location = response.headers.get("Location")
-                await _finish(response)
+                await _finish(response, outgoing)
                 url = self._hosts.redirected(url, location, hop)
                 self.counters.redirects += 1
             try:
-                yield Answer(response, host, origin == home, self.counters, self.clock)
-                await _finish(response)
+                yield Answer(response, url, host, origin == home, self.counters, self.clock)
+                await _finish(response, outgoing)
             finally:
                 response.close()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            if outgoing is not None and outgoing.failure is not None:
+                raise SourceFailed(outgoing.failure) from outgoing.failure
             raise self._translated(error, host) from None
+        finally:
+            if outgoing is not None:
+                await outgoing.close()
 
     async def close(self) -> None:
         """Close all connections. May be called twice; a request after it opens new ones."""
@@ -94,29 +110,50 @@ class Transport:
             await session.close()
 
     async def _send(
-        self, method: str, url: str, headers: dict[str, str], form: Mapping[str, str] | None
+        self,
+        method: str,
+        url: str,
+        headers: dict[str, str],
+        form: Mapping[str, str] | None,
+        outgoing: Outgoing | None,
     ) -> aiohttp.ClientResponse:
         session = self._session or await self._open_session()
         target = URL(url, encoded=True)
         if (target.scheme, target.raw_host, target.port) != origin_of(url):
             raise Malformed("a URL that two parsers understand differently")
         self.counters.requests += 1
-        return await session.request(method, target, headers=headers, data=form, allow_redirects=False)
+        if outgoing is None:
+            return await session.request(method, target, headers=headers, data=form, allow_redirects=False)
+        headers["Content-Length"] = str(outgoing.size)
+        loop, longest = asyncio.get_running_loop(), self._config.read_timeout
+        try:
+            # The session's time-outs begin when all is sent; until then it is the receiver that must not stall.
+            async with asyncio.timeout(None) as patience:
+
+                def watch(receivers_turn: bool) -> None:
+                    if not patience.expired():
+                        patience.reschedule(loop.time() + longest if receivers_turn else None)
+
+                outgoing.watch = watch
+                timeout = self._timeout(outgoing.size / _SETTLES_AT)
+                return await session.request(
+                    method, target, headers=headers, data=outgoing, timeout=timeout, allow_redirects=False
+                )
+        except TimeoutError:
+            if patience.expired():
+                raise Unavailable(f"{_shown(origin_of(url))} took nothing more for {longest:g} s") from None
+            raise
+        finally:
+            outgoing.watch = None
 
     async def _open_session(self) -> aiohttp.ClientSession:
         async with self._opening:
             if self._session is None:
                 context = await asyncio.to_thread(_tls, self._config.ca_file)
                 connector = aiohttp.TCPConnector(limit=0, ssl=context, resolver=_GuardedResolver(self._hosts))
-                timeout = aiohttp.ClientTimeout(
-                    total=None,
-                    connect=self._config.connect_timeout,
-                    sock_connect=self._config.connect_timeout,
-                    sock_read=self._config.read_timeout,
-                )
                 self._session = aiohttp.ClientSession(
                     connector=connector,
-                    timeout=timeout,
+                    timeout=self._timeout(),
                     cookie_jar=aiohttp.DummyCookieJar(),
                     headers={"User-Agent": f"dadi/{__version__}", "Accept-Encoding": "identity"},
                     auto_decompress=False,
@@ -124,6 +161,16 @@ class Transport:
                     max_field_size=32 << 10,
                 )
             return self._session
+
+    def _timeout(self, longer: float = 0.0) -> aiohttp.ClientTimeout:
+        """Return the time-outs of a request whose answer may take `longer` (seconds) than others."""
+        config = self._config
+        return aiohttp.ClientTimeout(
+            total=None,
+            connect=config.connect_timeout,
+            sock_connect=config.connect_timeout,
+            sock_read=config.read_timeout + longer,
+        )
 
     def _translated(self, error: Exception, host: str) -> DadiError:
         config = self._config
@@ -199,8 +246,11 @@ def _shown(origin: tuple[str, str, int]) -> str:
     return name if port == {"https": 443, "http": 80}[scheme] else f"{name}:{port}"
 
 
-async def _finish(response: aiohttp.ClientResponse) -> None:
+async def _finish(response: aiohttp.ClientResponse, outgoing: Outgoing | None) -> None:
     """Let the connection be used again if little of the body is left, close it otherwise."""
+    if outgoing is not None and not outgoing.finished:
+        response.close()  # answered before all was sent: nobody will read the rest
+        return
     length = response.content_length
     if response.content.at_eof() or (length is not None and length <= _SMALL):
         with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import random
@@ -12,11 +13,14 @@ from pathlib import Path
 import pytest
 
 from dadi import digest as digests
-from dadi.errors import AccessDenied, NoSuchPlatform, NotFound, Unavailable
+from dadi.errors import AccessDenied, NoSuchPlatform, NotFound, Unavailable, Unsupported
 from dadi.oci import media_types, platforms
 from dadi.oci.config import RegistryConfig
 from dadi.oci.credentials import Credentials, FixedCredentials
+from dadi.oci.manifest import Descriptor, Manifest
+from dadi.oci.manifest import parse as parse_manifest
 from dadi.oci.reference import Reference
+from dadi.oci.referrers import fallback_tag
 from dadi.oci.registry import RegistryClient
 from tests.fakes.registry import FakeTime
 from tests.lab.oci_layout import Image, Layout
@@ -172,3 +176,157 @@ async def test_a_docker_registry_as_a_mirror(registry: DockerRegistry, image: Im
     found = await client.image(Reference.parse("registry.example/team/app:1"), AMD64)
     assert found.descriptor.digest == image.manifest.digest
     await client.close()
+
+
+# ---- pushing
+
+KIND = "application/vnd.example.kind"
+BLOB = random.Random(5).randbytes(5_000_000)
+
+
+async def pieces() -> AsyncIterator[bytes]:
+    for at in range(0, len(BLOB), 1_000_000):
+        yield BLOB[at : at + 1_000_000]
+
+
+def artifact(subject: Descriptor, **annotations: str) -> bytes:
+    """Return an artifact of the one layer BLOB."""
+    document = {
+        "schemaVersion": 2,
+        "mediaType": media_types.OCI_MANIFEST,
+        "artifactType": KIND,
+        "config": {"mediaType": media_types.OCI_EMPTY, "digest": digests.of(b"{}"), "size": 2},
+        "layers": [{"mediaType": "application/vnd.example.blob", "digest": digests.of(BLOB), "size": len(BLOB)}],
+        "subject": {"mediaType": subject.media_type, "digest": subject.digest, "size": subject.size},
+        "annotations": annotations,
+    }
+    return json.dumps(document).encode()
+
+
+def skopeo(*arguments: str) -> bytes:
+    return subprocess.run(["skopeo", *arguments], check=True, capture_output=True).stdout
+
+
+async def push_blobs(client: RegistryClient, reference: Reference) -> None:
+    assert await client.push_blob(reference, digests.of(BLOB), len(BLOB), pieces)
+    assert await client.push_blob(reference, digests.of(b"{}"), 2, b"{}")
+
+
+async def test_an_artifact_is_pushed_beside_an_image_and_others_can_list_and_copy_it(
+    registry: DockerRegistry, client: RegistryClient, tmp_path: Path
+) -> None:
+    reference = Reference.parse(f"{registry.host}/team/app:1")
+    subject = await client.resolve(reference)
+    assert await client.referrers(reference, subject.digest) == []
+    await push_blobs(client, reference)
+    assert not await client.push_blob(reference, digests.of(BLOB), len(BLOB), pieces)
+    raw = artifact(subject, number="1")
+    pushed = await client.push_referrer(reference, raw, media_types.OCI_MANIFEST, subject.digest)
+    assert await client.referrers(reference, subject.digest, KIND) == [pushed]
+    assert (await client.resolve(reference)).digest == subject.digest
+    # What skopeo sees: the list under the fallback tag, the artifact, its blobs.
+    name = f"docker://{registry.host}/team/app"
+    index = json.loads(skopeo("inspect", "--raw", "--tls-verify=false", f"{name}:{fallback_tag(subject.digest)}"))
+    assert index["manifests"] == [
+        {
+            "mediaType": media_types.OCI_MANIFEST,
+            "digest": pushed.digest,
+            "size": len(raw),
+            "artifactType": KIND,
+            "annotations": {"number": "1"},
+        }
+    ]
+    assert skopeo("inspect", "--raw", "--tls-verify=false", f"{name}@{pushed.digest}") == raw
+    copy = ["copy", "--insecure-policy", "--src-tls-verify=false"]
+    skopeo(*copy, f"{name}@{pushed.digest}", f"oci:{tmp_path / 'copy'}")
+    assert (tmp_path / "copy/blobs/sha256" / digests.of(BLOB)[7:]).read_bytes() == BLOB
+    assert (tmp_path / "copy/blobs/sha256" / pushed.digest[7:]).read_bytes() == raw
+
+
+async def test_an_image_is_copied_with_mounts_and_pushes(
+    registry: DockerRegistry, client: RegistryClient, image: Image
+) -> None:
+    source, target = (Reference.parse(f"{registry.host}/team/{name}:1") for name in ("app", "copy"))
+    descriptor, raw = await client.manifest(source)
+    manifest = parse_manifest(raw)
+    assert isinstance(manifest, Manifest)
+    first, *others = manifest.layers
+    assert await client.mount_blob(target, first.digest, first.size, "team/app")
+    assert not await client.mount_blob(target, digests.of(b"nobody has it"), 3, "team/app")
+    for part in (manifest.config, *others):
+        assert await client.push_blob(target, part.digest, part.size, lambda part=part: client.blob(source, part))
+    pushed = await client.push_manifest(target, raw, descriptor.media_type)
+    assert (pushed.digest, pushed.subject_known) == (descriptor.digest, False)
+    assert (await client.image(target, AMD64)).descriptor.digest == image.manifest.digest
+
+
+async def test_ten_that_list_something_at_once_lose_nothing(registry: DockerRegistry, client: RegistryClient) -> None:
+    """Ten clients, as in ten processes: the registry has no compare-and-swap."""
+    reference = Reference.parse(f"{registry.host}/team/race:1")
+    await push_blobs(client, reference)
+    subject = Descriptor(media_types.OCI_MANIFEST, digests.of(b"subject"), 7)
+    config = RegistryConfig(plain_http=(registry.host,))
+    clients = [RegistryClient(config, credentials=FixedCredentials()) for _ in range(10)]
+
+    async def push(number: int) -> Descriptor:
+        raw = artifact(subject, number=str(number))
+        return await clients[number].push_referrer(reference, raw, media_types.OCI_MANIFEST, subject.digest)
+
+    pushed = await asyncio.gather(*map(push, range(10)), return_exceptions=True)
+    for one in clients:
+        await one.close()
+    found = await client.referrers(reference, subject.digest)
+    assert len(found) == 10
+    assert set(found) == set(pushed)
+
+
+async def test_ten_changes_at_once_in_one_client_lose_nothing(registry: DockerRegistry, client: RegistryClient) -> None:
+    reference = Reference.parse(f"{registry.host}/team/changes:1")
+    await push_blobs(client, reference)
+    new = []
+    for number in range(10):
+        raw = artifact(Descriptor(media_types.OCI_MANIFEST, digests.of(b"other"), 7), number=str(number))
+        digest = (await client.push_manifest(reference.at(digests.of(raw)), raw, media_types.OCI_MANIFEST)).digest
+        new.append(Descriptor(media_types.OCI_MANIFEST, digest, len(raw)))
+
+    async def add(descriptor: Descriptor) -> None:
+        await client.update_index(
+            reference, "list", lambda entries: entries if descriptor in entries else [*entries, descriptor]
+        )
+
+    await asyncio.gather(*map(add, new))
+    assert set(await client.tagged_index(reference, "list")) == set(new)
+    await client.update_index(reference, "list", lambda entries: [])
+    assert await client.tagged_index(reference, "list") == []
+
+
+async def test_a_docker_registry_that_is_read_only_says_so(tmp_path: Path, image: Image) -> None:
+    with DockerRegistry(
+        tmp_path, environment={"REGISTRY_STORAGE_MAINTENANCE_READONLY": '{"enabled": true}'}
+    ) as registry:
+        client = RegistryClient(RegistryConfig(plain_http=(registry.host,)), credentials=FixedCredentials())
+        reference = Reference.parse(f"{registry.host}/team/app:1")
+        for call in (
+            client.push_blob(reference, digests.of(b"x"), 1, b"x"),
+            client.push_manifest(reference, b'{"schemaVersion":2}', media_types.OCI_MANIFEST),
+        ):
+            with pytest.raises(Unsupported, match=r"405.*--output DIR"):
+                await call
+        await client.close()
+
+
+async def test_pushing_to_a_registry_with_passwords_wants_the_right_one(tmp_path: Path) -> None:
+    with DockerRegistry(tmp_path, htpasswd=HTPASSWD) as registry:
+        config = RegistryConfig(plain_http=(registry.host,))
+        reference = Reference.parse(f"{registry.host}/team/app:1")
+        for user, fine in ((Credentials(USER, "wrong"), False), (Credentials(USER, PASSWORD), True)):
+            client = RegistryClient(config, credentials=FixedCredentials({registry.host: user}))
+            if fine:
+                await push_blobs(client, reference)
+                assert await client.has_blob(reference, digests.of(BLOB))
+            else:
+                with pytest.raises(AccessDenied, match=r"docker login.*--output DIR"):
+                    await client.push_blob(reference, digests.of(BLOB), len(BLOB), pieces)
+            await client.close()
+        puts = [request.status for request in registry.access_log() if request.method == "PUT"]
+        assert puts == [201, 201]  # nobody's bytes were sent in vain

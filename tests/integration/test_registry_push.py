@@ -1,0 +1,768 @@
+"""Pushing, referrers, indexes under a tag, against a registry that misbehaves on demand (tests/fakes/registry.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from dadi import digest as digests
+from dadi.errors import (
+    AccessDenied,
+    Conflict,
+    DadiError,
+    DigestMismatch,
+    InvalidRequest,
+    Malformed,
+    NotFound,
+    RegistryNotAllowed,
+    TooLarge,
+    Unavailable,
+    Unsupported,
+)
+from dadi.oci import media_types as types
+from dadi.oci.config import RegistryConfig
+from dadi.oci.credentials import Credentials, FixedCredentials
+from dadi.oci.manifest import Descriptor
+from dadi.oci.reference import Reference
+from dadi.oci.referrers import fallback_tag
+from dadi.oci.registry import RegistryClient
+from tests.fakes.registry import FakeRegistry, FakeTime, Fault, redirect, status
+
+DATA = random.Random(2).randbytes(3_000_000)
+DIGEST = digests.of(DATA)
+SECRET = Credentials("me", "secret")
+KIND = "application/vnd.example.kind"
+
+MakeClient = Callable[..., RegistryClient]
+
+
+@pytest.fixture
+def time() -> FakeTime:
+    return FakeTime()
+
+
+@pytest.fixture
+async def registry() -> AsyncIterator[FakeRegistry]:
+    async with FakeRegistry() as running:
+        yield running
+
+
+@pytest.fixture
+async def other() -> AsyncIterator[FakeRegistry]:
+    async with FakeRegistry() as running:
+        yield running
+
+
+@pytest.fixture
+async def make(time: FakeTime, registry: FakeRegistry, other: FakeRegistry) -> AsyncIterator[MakeClient]:
+    made: list[RegistryClient] = []
+
+    def make(credentials: dict[str, Credentials] | None = None, **config: Any) -> RegistryClient:
+        config.setdefault("plain_http", (registry.host, other.host))
+        config.setdefault("read_timeout", 10.0)
+        client = RegistryClient(RegistryConfig(**config), credentials=FixedCredentials(credentials), clock=time.clock())
+        made.append(client)
+        return client
+
+    yield make
+    for client in made:
+        await client.close()
+
+
+@pytest.fixture
+def client(make: MakeClient) -> RegistryClient:
+    return make()
+
+
+def ref(registry: FakeRegistry, rest: str = "team/app:1") -> Reference:
+    return Reference.parse(f"{registry.host}/{rest}")
+
+
+class Source:
+    """Gives DATA in pieces; counts how often it was asked for, and how often it was closed."""
+
+    def __init__(self, data: bytes = DATA, error: Exception | None = None) -> None:
+        self.data, self.error = data, error
+        self.begun = self.closed = 0
+
+    async def __call__(self) -> AsyncIterator[bytes]:
+        self.begun += 1
+        try:
+            for at in range(0, len(self.data), 400_000):
+                yield self.data[at : at + 400_000]
+            if self.error is not None:
+                raise self.error
+        finally:
+            self.closed += 1
+
+
+def steps(registry: FakeRegistry) -> list[str]:
+    """Return method and last part of the path of each request for uploads."""
+    return [f"{s.method} {s.path.rpartition('/')[2][:7]}".strip() for s in registry.asked("/blobs/")]
+
+
+# ---- blobs
+
+
+async def test_a_blob_is_pushed_once_and_arrives_whole(client: RegistryClient, registry: FakeRegistry) -> None:
+    source, said = Source(), []
+    assert not await client.has_blob(ref(registry), DIGEST)
+    assert await client.push_blob(ref(registry), DIGEST, len(DATA), source, on_progress=said.append)
+    assert registry.blobs == {DIGEST: DATA}
+    assert said == sorted(said)
+    assert said[-1] == len(DATA)
+    assert await client.has_blob(ref(registry), DIGEST)
+    assert not await client.push_blob(ref(registry), DIGEST, len(DATA), source)
+    assert (source.begun, source.closed) == (1, 1)
+    assert steps(registry) == ["HEAD sha256:", "HEAD sha256:", "POST", "PUT session", "HEAD sha256:", "HEAD sha256:"]
+    put = registry.asked("/blobs/", "PUT")[0]
+    assert put.headers["Content-Length"] == str(len(DATA))
+    assert "Transfer-Encoding" not in put.headers
+    assert put.query == {"_state": "a/b=", "n": "1", "digest": DIGEST}
+    assert registry.asked("/blobs/", "POST")[0].headers["Content-Length"] == "0"
+
+
+@pytest.mark.parametrize("data", [b"", b"x", DATA])
+async def test_bytes_are_pushed_as_they_are(client: RegistryClient, registry: FakeRegistry, data: bytes) -> None:
+    assert await client.push_blob(ref(registry), digests.of(data), len(data), data)
+    assert registry.blobs == {digests.of(data): data}
+
+
+@pytest.mark.parametrize("form", ["absolute", "relative", "no query"])
+async def test_the_location_may_take_any_form(client: RegistryClient, registry: FakeRegistry, form: str) -> None:
+    registry.upload_location = {
+        "absolute": lambda path: f"{registry.base}{path}?x=%2f%2F&y",
+        "relative": lambda path: f"{path.rpartition('/')[2]}?x=%2f%2F&y",
+        "no query": lambda path: path,
+    }[form]
+    await client.push_blob(ref(registry), DIGEST, len(DATA), DATA)
+    put = registry.asked("/blobs/", "PUT")[0]
+    assert put.query == {"digest": DIGEST} | ({} if form == "no query" else {"x": "//", "y": ""})
+    assert registry.pushed == [DIGEST]
+
+
+async def test_a_location_on_another_host_gets_the_bytes_and_no_credentials(
+    make: MakeClient, registry: FakeRegistry, other: FakeRegistry
+) -> None:
+    registry.auth, registry.user, registry.password = "basic", SECRET.username, SECRET.password
+    other.auth, other.user, other.password = "basic", SECRET.username, SECRET.password
+    other.uploads = registry.uploads
+    registry.upload_location = lambda path: f"{other.base}/upload/{path.rpartition('/')[2]}?sig=abc"
+    client = make({registry.host: SECRET, other.host: SECRET})
+    assert await client.push_blob(ref(registry), DIGEST, len(DATA), Source())
+    assert other.blobs == {DIGEST: DATA}
+    assert [(s.authorization, s.query) for s in other.seen] == [(None, {"sig": "abc", "digest": DIGEST})]
+    assert registry.asked("/blobs/", "POST")[-1].authorization is not None
+
+
+async def test_a_location_that_leads_where_nobody_may_go_is_refused(
+    make: MakeClient, registry: FakeRegistry, other: FakeRegistry
+) -> None:
+    client = make(plain_http=(registry.host,))
+    for location in (f"{other.base}/upload/x", "http://169.254.169.254/", "https://127.0.0.1/x"):
+        registry.upload_location = lambda path, location=location: location
+        with pytest.raises(RegistryNotAllowed) as caught:
+            await client.push_blob(ref(registry), DIGEST, len(DATA), DATA)
+        assert "--output" not in str(caught.value)
+    registry.upload_location = lambda path: ""
+    with pytest.raises(Malformed, match="Location"):
+        await client.push_blob(ref(registry), DIGEST, len(DATA), DATA)
+    assert other.seen == []
+    assert registry.pushed == []
+
+
+@pytest.mark.parametrize("host", ["same", "other"])
+async def test_an_upload_is_redirected_with_its_body(
+    client: RegistryClient, registry: FakeRegistry, other: FakeRegistry, host: str
+) -> None:
+    source = Source()
+    target = registry if host == "same" else other
+    target.uploads["else"] = "team/app"
+    registry.script("/session-1", redirect(f"{target.base}/upload/else?digest={DIGEST}"), method="PUT")
+    assert await client.push_blob(ref(registry), DIGEST, len(DATA), source)
+    assert target.blobs == {DIGEST: DATA}
+    assert (source.begun, source.closed) == (2, 2)
+
+
+async def test_a_redirect_that_would_lose_the_body_is_not_followed(
+    client: RegistryClient, registry: FakeRegistry
+) -> None:
+    registry.script("/session-1", redirect(f"{registry.base}/upload/else", 303), method="PUT")
+    with pytest.raises(Malformed, match="303"):
+        await client.push_blob(ref(registry), DIGEST, len(DATA), DATA)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(drop=True),
+        Fault(drop=True, takes=1_000_000),
+        Fault(status=503, takes=1_000_000, headers={"Retry-After": "7"}),
+        status(429, Retry_After="7"),
+        status(500),
+        status(404),
+        status(416),
+    ],
+    ids=str,
+)
+async def test_an_upload_that_breaks_starts_anew(
+    client: RegistryClient, registry: FakeRegistry, time: FakeTime, fault: Fault
+) -> None:
+    source, said = Source(), []
+    registry.script("/session-1", fault, method="PUT")
+    assert await client.push_blob(ref(registry), DIGEST, len(DATA), source, on_progress=said.append)
+    assert registry.blobs == {DIGEST: DATA}
+    assert registry.pushed == [DIGEST]
+    assert (source.begun, source.closed) == (2, 2)
+    assert said[-1] == len(DATA)
+    assert len(registry.asked("/blobs/uploads/", "POST")) == 2
+    if "Retry-After" in fault.headers:
+        assert sum(time.slept) >= 7
+
+
+async def test_an_upload_whose_answer_is_lost_is_not_made_twice(
+    client: RegistryClient, registry: FakeRegistry
+) -> None:
+    registry.script("/session-1", Fault(lost=True), method="PUT")
+    assert await client.push_blob(ref(registry), DIGEST, len(DATA), DATA)
+    assert registry.pushed == [DIGEST]
+
+
+async def test_a_registry_that_takes_nothing_more_is_given_up(make: MakeClient, registry: FakeRegistry) -> None:
+    client = make(read_timeout=0.2, retries=1)
+    data = bytes(40_000_000)  # more than sockets hold
+    registry.script("/session-", Fault(stuck=True, takes=1000), Fault(stuck=True, takes=1000), method="PUT")
+    source = Source(data)
+    with pytest.raises(Unavailable, match=r"took nothing more for 0\.2 s"):
+        await client.push_blob(ref(registry), digests.of(data), len(data), source)
+    assert (source.begun, source.closed) == (2, 2)
+
+
+async def test_an_early_refusal_is_heard_while_the_body_is_sent(client: RegistryClient, registry: FakeRegistry) -> None:
+    data = bytes(40_000_000)
+    registry.script("/session-", Fault(status=413, takes=1000, body=b""), method="PUT")
+    source = Source(data)
+    with pytest.raises(TooLarge, match=r"413.*--output DIR"):
+        await client.push_blob(ref(registry), digests.of(data), len(data), source)
+    assert (source.begun, source.closed) == (1, 1)
+
+
+async def test_cancelling_a_push_closes_its_source(client: RegistryClient, registry: FakeRegistry) -> None:
+    registry.script("/session-", Fault(stuck=True, takes=1000), method="PUT")
+    data, taken = bytes(40_000_000), asyncio.Event()
+    source = Source(data)
+    push = asyncio.create_task(
+        client.push_blob(ref(registry), digests.of(data), len(data), source, on_progress=lambda _: taken.set())
+    )
+    await taken.wait()
+    push.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await push
+    assert (source.begun, source.closed) == (1, 1)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "the disk"), Unavailable("elsewhere"), ValueError("x")], ids=repr)
+async def test_what_the_source_raises_is_not_the_registrys_fault(
+    client: RegistryClient, registry: FakeRegistry, error: Exception
+) -> None:
+    source = Source(DATA[:-1], error)
+    with pytest.raises(type(error)) as caught:
+        await client.push_blob(ref(registry), DIGEST, len(DATA), source)
+    assert caught.value is error
+    assert (source.begun, source.closed) == (1, 1)
+    assert registry.pushed == []
+
+
+@pytest.mark.parametrize("size", [len(DATA) - 1, len(DATA) + 1])
+async def test_a_source_of_another_size_is_an_error(client: RegistryClient, registry: FakeRegistry, size: int) -> None:
+    with pytest.raises(InvalidRequest, match="announced"):
+        await client.push_blob(ref(registry), DIGEST, size, Source())
+    assert registry.pushed == []
+
+
+async def test_a_blob_of_another_digest_is_refused_by_the_registry_and_tried_once_more(
+    client: RegistryClient, registry: FakeRegistry
+) -> None:
+    source = Source(bytes(len(DATA)))
+    with pytest.raises(DigestMismatch, match="DIGEST_INVALID"):
+        await client.push_blob(ref(registry), DIGEST, len(DATA), source)
+    assert source.begun == 2
+    assert registry.blobs == {}
+
+
+async def test_a_registry_that_names_another_digest_than_it_was_given_is_caught(
+    client: RegistryClient, registry: FakeRegistry
+) -> None:
+    wrong = status(201, Docker_Content_Digest=digests.of(b"else"))
+    registry.script("/session-", wrong, wrong, method="PUT")
+    with pytest.raises(DigestMismatch, match="calls it"):
+        await client.push_blob(ref(registry), DIGEST, len(DATA), DATA)
+
+
+async def test_what_is_no_digest_is_refused_before_anything_is_sent(
+    client: RegistryClient, registry: FakeRegistry
+) -> None:
+    for call in (
+        client.has_blob(ref(registry), "sha256:x"),
+        client.push_blob(ref(registry), "../x", 1, b"x"),
+        client.mount_blob(ref(registry), "x", 1, "a"),
+        client.referrers(ref(registry), "x"),
+    ):
+        with pytest.raises(InvalidRequest):
+            await call
+    assert registry.seen == []
+
+
+async def test_a_blob_is_mounted_where_the_registry_does_that(client: RegistryClient, registry: FakeRegistry) -> None:
+    digest = registry.add_blob(DATA)
+    assert await client.mount_blob(ref(registry), digest, len(DATA), "team/base")
+    assert registry.asked("/uploads/")[0].query == {"mount": digest, "from": "team/base"}
+    assert not await client.mount_blob(ref(registry), digest, len(DATA) - 1, "team/base")
+    registry.mounts = False
+    assert not await client.mount_blob(ref(registry), digest, len(DATA), "team/base")
+    assert registry.uploads == {}
+    assert registry.seen[-1].method == "DELETE"
+    for code in (400, 403, 404, 405):
+        registry.script("/uploads/", status(code))
+        assert not await client.mount_blob(ref(registry), digest, len(DATA), "team/base")
+
+
+# ---- who may
+
+
+async def test_one_token_serves_a_whole_push(make: MakeClient, registry: FakeRegistry) -> None:
+    registry.auth, registry.user, registry.password = "bearer", SECRET.username, SECRET.password
+    client, source = make({registry.host: SECRET}), Source()
+    assert await client.push_blob(ref(registry), DIGEST, len(DATA), source)
+    raw = json.dumps({"schemaVersion": 2, "mediaType": types.OCI_INDEX, "manifests": []}).encode()
+    await client.push_manifest(ref(registry), raw, types.OCI_INDEX)
+    assert registry.issued == 1
+    assert registry.asked("/token")[0].query["scope"] == "repository:team/app:pull,push"
+    assert source.begun == 1
+    await client.mount_blob(ref(registry), DIGEST, len(DATA), "team/base")
+    assert set(registry.token_scopes.values()) == {
+        "repository:team/app:pull,push",
+        "repository:team/app:pull,push repository:team/base:pull",
+    }
+    # Reading asks for no more than reading.
+    await client.referrers(ref(registry), DIGEST)
+    assert registry.asked("/token")[-1].query["scope"] == "repository:team/app:pull"
+
+
+async def test_an_identity_token_is_exchanged_for_the_right_to_push(make: MakeClient, registry: FakeRegistry) -> None:
+    registry.auth, registry.refresh_token = "bearer", "refresh"
+    client = make({registry.host: Credentials(identity_token="refresh")})
+    assert await client.push_blob(ref(registry), DIGEST, len(DATA), DATA)
+    assert list(registry.token_scopes.values()) == ["repository:team/app:pull,push"]
+
+
+async def test_a_token_that_runs_out_during_an_upload_is_renewed(make: MakeClient, registry: FakeRegistry) -> None:
+    registry.auth, registry.user, registry.password = "bearer", SECRET.username, SECRET.password
+    client, source = make({registry.host: SECRET}), Source()
+    location = registry.upload_location
+
+    def late(path: str) -> str:
+        registry.expire_tokens()
+        return location(path)
+
+    registry.upload_location = late
+    assert await client.push_blob(ref(registry), DIGEST, len(DATA), source)
+    assert registry.blobs == {DIGEST: DATA}
+    assert (source.begun, source.closed) == (2, 2)
+
+
+@pytest.mark.parametrize("how", ["token", "403", "basic", "405"])
+async def test_a_registry_that_is_not_to_be_written_to_says_so_and_what_to_do(
+    make: MakeClient, registry: FakeRegistry, how: str
+) -> None:
+    credentials = {registry.host: SECRET}
+    if how == "token":
+        registry.auth, registry.user, registry.password, registry.may_push = "bearer", "me", "secret", False
+    elif how == "basic":
+        registry.auth, registry.user, registry.password = "basic", "me", "another"
+    else:
+        registry.read_only = int(how)
+    client, source = make(credentials), Source()
+    subject = Descriptor(types.OCI_MANIFEST, digests.of(b"subject"), 7)
+    expected = Unsupported if how == "405" else AccessDenied
+    for call in (
+        client.push_blob(ref(registry), DIGEST, len(DATA), source),
+        client.push_manifest(ref(registry), artifact(subject), types.OCI_MANIFEST),
+        client.push_referrer(ref(registry), artifact(subject), types.OCI_MANIFEST, subject.digest),
+        client.update_index(ref(registry), "list", lambda entries: [subject]),
+    ):
+        with pytest.raises(expected, match=f"{registry.host} answers 40") as caught:
+            await call
+        assert "--output DIR" in (caught.value.hint or "")
+        assert ("docker login" in (caught.value.hint or "")) == (how != "405")
+    assert source.begun == 0
+
+
+async def test_a_repository_that_must_be_made_first_is_named(client: RegistryClient, registry: FakeRegistry) -> None:
+    registry.script("/uploads/", status(404))
+    with pytest.raises(NotFound, match="repository team/app to be made first"):
+        await client.push_blob(ref(registry), DIGEST, len(DATA), DATA)
+
+
+async def test_mirrors_are_never_pushed_to_nor_asked_for_referrers(
+    make: MakeClient, registry: FakeRegistry, other: FakeRegistry
+) -> None:
+    client = make(mirrors={registry.host: (other.host,)})
+    subject = Descriptor(types.OCI_MANIFEST, digests.of(b"subject"), 7)
+    await client.push_blob(ref(registry), digests.of(b"{}"), 2, b"{}")
+    await client.push_referrer(ref(registry), artifact(subject), types.OCI_MANIFEST, subject.digest)
+    assert len(await client.referrers(ref(registry), subject.digest)) == 1
+    assert await client.blob_range(ref(registry), Descriptor("x/y", digests.of(b"{}"), 2), 1, 1, mirrors=False) == b"}"
+    assert other.seen == []
+
+
+# ---- manifests
+
+
+def artifact(subject: Descriptor | None = None, kind: str = KIND, **annotations: str) -> bytes:
+    document: dict[str, Any] = {
+        "schemaVersion": 2,
+        "mediaType": types.OCI_MANIFEST,
+        "config": {"mediaType": types.OCI_EMPTY, "digest": digests.of(b"{}"), "size": 2},
+        "layers": [],
+    }
+    if kind:
+        document["artifactType"] = kind
+    if annotations:
+        document["annotations"] = annotations
+    if subject is not None:
+        document["subject"] = {"mediaType": subject.media_type, "digest": subject.digest, "size": subject.size}
+    return json.dumps(document).encode()
+
+
+SUBJECT = Descriptor(types.OCI_MANIFEST, digests.of(b"subject"), 7)
+
+
+@pytest.fixture
+def ready(registry: FakeRegistry) -> FakeRegistry:
+    """A registry that has the empty config."""
+    registry.add_blob(b"{}")
+    return registry
+
+
+async def test_a_manifest_is_pushed_by_tag_or_by_digest(client: RegistryClient, ready: FakeRegistry) -> None:
+    raw = artifact()
+    pushed = await client.push_manifest(ref(ready), raw, types.OCI_MANIFEST)
+    assert (pushed.digest, pushed.subject_known) == (digests.of(raw), False)
+    assert ready.manifests["team/app", "1"] == (types.OCI_MANIFEST, raw)
+    await client.push_manifest(ref(ready, "team/b").at(pushed.digest), raw, types.OCI_MANIFEST)
+    assert ("team/b", "latest") not in ready.manifests
+    assert await client.manifest(ref(ready, "team/b").at(pushed.digest)) == (await client.manifest(ref(ready)))
+
+
+async def test_a_manifest_of_another_digest_than_the_reference_names_is_not_pushed(
+    client: RegistryClient, ready: FakeRegistry
+) -> None:
+    with pytest.raises(InvalidRequest, match="has digest"):
+        await client.push_manifest(ref(ready).at(DIGEST), artifact(), types.OCI_MANIFEST)
+    with pytest.raises(TooLarge):
+        await client.push_manifest(ref(ready), bytes(5 << 20), types.OCI_MANIFEST)
+    assert ready.seen == []
+
+
+async def test_a_manifest_whose_blobs_are_not_there_is_refused(client: RegistryClient, registry: FakeRegistry) -> None:
+    with pytest.raises(NotFound, match="MANIFEST_BLOB_UNKNOWN"):
+        await client.push_manifest(ref(registry), artifact(), types.OCI_MANIFEST)
+
+
+@pytest.mark.parametrize(
+    "fault", [status(503), status(429, Retry_After="3"), Fault(drop=True), Fault(lost=True)], ids=str
+)
+async def test_a_manifest_is_pushed_again_if_that_failed(
+    client: RegistryClient, ready: FakeRegistry, fault: Fault
+) -> None:
+    ready.script("/manifests/", fault, method="PUT")
+    raw = artifact()
+    assert (await client.push_manifest(ref(ready), raw, types.OCI_MANIFEST)).digest == digests.of(raw)
+    assert ready.manifests["team/app", "1"] == (types.OCI_MANIFEST, raw)
+
+
+@pytest.mark.parametrize("code", [400, 409, 412])
+async def test_a_tag_that_must_not_change_is_a_conflict_unless_it_is_right_already(
+    client: RegistryClient, ready: FakeRegistry, code: int
+) -> None:
+    ready.immutable_tags = code
+    raw = artifact()
+    await client.push_manifest(ref(ready), raw, types.OCI_MANIFEST)
+    assert (await client.push_manifest(ref(ready), raw, types.OCI_MANIFEST)).digest == digests.of(raw)
+    with pytest.raises(Conflict, match=r"immutable.*--output DIR"):
+        await client.push_manifest(ref(ready), artifact(a="b"), types.OCI_MANIFEST)
+    assert ready.manifests["team/app", "1"][1] == raw
+
+
+# ---- referrers
+
+
+@pytest.mark.parametrize("api", [True, False])
+async def test_what_is_pushed_with_a_subject_is_listed_as_its_referrer(
+    client: RegistryClient, ready: FakeRegistry, api: bool
+) -> None:
+    ready.referrers_api = api
+    assert await client.referrers(ref(ready), SUBJECT.digest) == []
+    one = await client.push_referrer(ref(ready), artifact(SUBJECT, a="1"), types.OCI_MANIFEST, SUBJECT.digest)
+    two = await client.push_referrer(ref(ready), artifact(SUBJECT, "x/y"), types.OCI_MANIFEST, SUBJECT.digest)
+    assert (one.digest, one.artifact_type, one.annotations) == (digests.of(artifact(SUBJECT, a="1")), KIND, {"a": "1"})
+    assert await client.referrers(ref(ready), SUBJECT.digest) == [one, two]
+    assert await client.referrers(ref(ready), SUBJECT.digest, KIND) == [one]
+    assert await client.referrers(ref(ready), SUBJECT.digest, "no/thing") == []
+    assert await client.referrers(ref(ready), digests.of(b"else")) == []
+    tag = fallback_tag(SUBJECT.digest)
+    assert (("team/app", tag) in ready.manifests) == (not api)
+    if not api:
+        media_type, raw = ready.manifests["team/app", tag]
+        assert media_type == types.OCI_INDEX
+        assert json.loads(raw)["manifests"][0] == {
+            "mediaType": types.OCI_MANIFEST,
+            "digest": one.digest,
+            "size": one.size,
+            "artifactType": KIND,
+            "annotations": {"a": "1"},
+        }
+
+
+async def test_a_referrer_that_is_pushed_again_is_listed_once(client: RegistryClient, ready: FakeRegistry) -> None:
+    for _ in range(2):
+        await client.push_referrer(ref(ready), artifact(SUBJECT), types.OCI_MANIFEST, SUBJECT.digest)
+    assert len(await client.referrers(ref(ready), SUBJECT.digest)) == 1
+
+
+async def test_an_artifact_without_a_type_is_what_its_config_is(client: RegistryClient, ready: FakeRegistry) -> None:
+    await client.push_referrer(ref(ready), artifact(SUBJECT, kind=""), types.OCI_MANIFEST, SUBJECT.digest)
+    assert [entry.artifact_type for entry in await client.referrers(ref(ready), SUBJECT.digest)] == [types.OCI_EMPTY]
+
+
+async def test_a_referrer_of_something_else_is_not_pushed(client: RegistryClient, ready: FakeRegistry) -> None:
+    for raw in (artifact(), artifact(SUBJECT)):
+        with pytest.raises(InvalidRequest, match="subject"):
+            await client.push_referrer(ref(ready), raw, types.OCI_MANIFEST, DIGEST)
+    assert ready.seen == []
+
+
+def listing(*entries: dict[str, Any], **headers: str) -> Fault:
+    index = {"schemaVersion": 2, "mediaType": types.OCI_INDEX, "manifests": list(entries)}
+    return Fault(status=200, body=json.dumps(index).encode(), headers={"Content-Type": types.OCI_INDEX, **headers})
+
+
+def listed(number: int, kind: str = KIND) -> dict[str, Any]:
+    digest = digests.of(str(number).encode())
+    return {"mediaType": types.OCI_MANIFEST, "digest": digest, "size": number, "artifactType": kind}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [status(404), status(400), status(405), status(406), status(501),
+     Fault(status=200, body=b"<html>", headers={"Content-Type": "text/html"})],
+    ids=str,
+)  # fmt: skip
+async def test_without_the_referrers_api_the_fallback_tag_is_read(
+    client: RegistryClient, registry: FakeRegistry, fault: Fault
+) -> None:
+    index = {"schemaVersion": 2, "mediaType": types.OCI_INDEX, "manifests": [listed(1), listed(2, "x/y")]}
+    registry.add_manifest("team/app", fallback_tag(SUBJECT.digest), index, types.OCI_INDEX)
+    registry.script("/referrers/", fault)
+    found = await client.referrers(ref(registry), SUBJECT.digest, KIND)
+    assert [entry.size for entry in found] == [1]
+    assert registry.asked("/referrers/")[0].query == {"artifactType": KIND}
+
+
+async def test_pages_are_read_to_the_end_and_filtered_by_us_too(client: RegistryClient, ready: FakeRegistry) -> None:
+    ready.referrers_api, ready.page_size = True, 2
+    for number in range(5):
+        kind = KIND if number % 2 else "x/y"
+        raw = artifact(SUBJECT, kind, n=str(number))
+        ready.add_manifest("team/app", None, raw, types.OCI_MANIFEST)
+    assert len(await client.referrers(ref(ready), SUBJECT.digest)) == 5
+    assert len(ready.asked("/referrers/")) == 3
+    # The next pages come without the filter here.
+    assert {entry.artifact_type for entry in await client.referrers(ref(ready), SUBJECT.digest, KIND)} == {KIND}
+
+
+@pytest.mark.parametrize("status_", [503, 429])
+async def test_a_listing_is_asked_for_again(client: RegistryClient, registry: FakeRegistry, status_: int) -> None:
+    registry.script("/referrers/", status(status_, Retry_After="1"), listing(listed(1)))
+    assert len(await client.referrers(ref(registry), SUBJECT.digest)) == 1
+
+
+async def test_entries_that_make_no_sense_are_left_out(client: RegistryClient, registry: FakeRegistry) -> None:
+    odd = {**listed(2), "digest": "sha512:" + "0" * 128}
+    registry.script("/referrers/", listing(odd, {"a": 1}, listed(1), {**listed(3), "size": -1}))  # type: ignore[dict-item]
+    assert [entry.size for entry in await client.referrers(ref(registry), SUBJECT.digest)] == [1]
+
+
+def _next(url: str) -> str:
+    return f'<{url}>; rel="next"'
+
+
+@pytest.mark.parametrize(
+    ("faults", "error", "said"),
+    [
+        ([listing(*[listed(n) for n in range(1001)])], TooLarge, "delete"),
+        ([listing(*[listed(n) for n in range(600)], Link=_next("?p=1")), listing(*[listed(n) for n in range(600)])],
+         TooLarge, "more than 1000"),
+        ([listing(Link=_next(f"?p={n}")) for n in range(50)], TooLarge, "50 pages"),
+        ([listing(Link=_next("?p=1")), listing(Link=_next("?p=1"))], Malformed, "came before"),
+        ([listing(Link=_next("https://evil.example/"))], Malformed, "another host"),
+        ([listing(Link=_next("http://127.0.0.1:1/"))], Malformed, "another host"),
+        ([listing(Link=_next("?p=1")), status(404)], Malformed, "next page"),
+        ([listing({"x": "y" * (5 << 20)})], TooLarge, "delete"),
+        ([listing({"x": "y" * (3 << 20)}, Link=_next("?p=1")), listing({"x": "y" * (3 << 20)})], TooLarge, "delete"),
+        ([Fault(status=200, body=b"{", headers={"Content-Type": types.OCI_INDEX})], Malformed, "index"),
+        ([status(403)], AccessDenied, "docker login"),
+    ],
+)  # fmt: skip
+async def test_a_hostile_listing_is_an_error_soon(
+    client: RegistryClient, registry: FakeRegistry, faults: list[Fault], error: type[DadiError], said: str
+) -> None:
+    registry.script("/referrers/", *faults)
+    with pytest.raises(error, match=said) as caught:
+        await client.referrers(ref(registry), SUBJECT.digest)
+    assert "--output" not in str(caught.value)
+    assert len(registry.asked("/referrers/")) == len(faults)
+
+
+# ---- indexes under a tag
+
+
+def adding(number: int) -> Callable[[list[Descriptor]], list[Descriptor]]:
+    new = Descriptor("x/y", digests.of(str(number).encode()), number)
+    return lambda entries: entries if new in entries else [*entries, new]
+
+
+def dropping(number: int) -> Callable[[list[Descriptor]], list[Descriptor]]:
+    return lambda entries: [entry for entry in entries if entry.size != number]
+
+
+async def sizes(client: RegistryClient, registry: FakeRegistry, tag: str = "list") -> list[int]:
+    return sorted(entry.size for entry in await client.tagged_index(ref(registry), tag))
+
+
+async def test_an_index_under_a_tag_is_made_and_changed(client: RegistryClient, registry: FakeRegistry) -> None:
+    assert await sizes(client, registry) == []
+    await client.update_index(ref(registry), "list", adding(1))
+    await client.update_index(ref(registry), "list", adding(2))
+    await client.update_index(ref(registry), "list", dropping(1))
+    assert await sizes(client, registry) == [2]
+    pushes = len(registry.pushed)
+    await client.update_index(ref(registry), "list", adding(2))
+    assert len(registry.pushed) == pushes
+    # The reference's own tag and digest have nothing to do with it.
+    assert await sizes(client, registry, "1") == []
+
+
+@pytest.mark.parametrize("etags", [False, True])
+async def test_ten_at_once_in_one_process_lose_nothing(
+    client: RegistryClient, registry: FakeRegistry, etags: bool
+) -> None:
+    registry.etags = etags
+    await asyncio.gather(*(client.update_index(ref(registry), "list", adding(n)) for n in range(10)))
+    assert await sizes(client, registry) == list(range(10))
+    assert len(registry.pushed) == 10
+
+
+async def test_where_the_registry_compares_nothing_of_others_is_overwritten(
+    client: RegistryClient, registry: FakeRegistry
+) -> None:
+    registry.etags = True
+    await client.update_index(ref(registry), "list", adding(0))
+    theirs = json.loads(registry.manifests["team/app", "list"][1])
+    theirs["manifests"].append({"mediaType": "x/y", "digest": digests.of(b"theirs"), "size": 100, "data": "AA=="})
+    seen = []
+
+    def change(entries: list[Descriptor]) -> list[Descriptor]:
+        if not seen:  # between our reading and our writing
+            registry.add_manifest("team/app", "list", theirs, types.OCI_INDEX)
+        seen.append([entry.size for entry in entries])
+        return adding(1)(entries)
+
+    await client.update_index(ref(registry), "list", change)
+    assert seen == [[0], [0, 100], [0, 100, 1]]
+    assert await sizes(client, registry) == [0, 1, 100]
+    assert b'"AA=="' in registry.manifests["team/app", "list"][1]
+
+
+async def test_who_is_overwritten_writes_again(client: RegistryClient, registry: FakeRegistry, time: FakeTime) -> None:
+    """Two clients read the same; ours writes first, theirs last: ours notices when it looks again."""
+    theirs = {"schemaVersion": 2, "mediaType": types.OCI_INDEX, "manifests": [listed(5)]}
+    sleep, overwritten = time.sleep, 0
+
+    async def sleep_while_others_write(seconds: float) -> None:
+        nonlocal overwritten
+        if overwritten < 3:
+            overwritten += 1
+            registry.add_manifest("team/app", "list", theirs, types.OCI_INDEX)
+        await sleep(seconds)
+
+    time.sleep = sleep_while_others_write  # type: ignore[method-assign]
+    racer = RegistryClient(
+        RegistryConfig(plain_http=(registry.host,)), credentials=FixedCredentials(), clock=time.clock()
+    )
+    await racer.update_index(ref(registry), "list", adding(1))
+    assert await sizes(racer, registry) == [1, 5]
+    assert overwritten == 3
+    await racer.close()
+
+
+async def test_a_change_that_never_stays_is_a_conflict(client: RegistryClient, registry: FakeRegistry) -> None:
+    count = 0
+
+    def never_content(entries: list[Descriptor]) -> list[Descriptor]:
+        nonlocal count
+        count += 1
+        return adding(count)(entries)
+
+    with pytest.raises(Conflict, match="attempts"):
+        await client.update_index(ref(registry), "list", never_content)
+    assert count == len(registry.pushed)
+
+
+async def test_a_failed_write_is_not_sent_again_without_reading_first(
+    client: RegistryClient, registry: FakeRegistry
+) -> None:
+    registry.script("/manifests/list", status(503), Fault(drop=True), method="PUT")
+    await client.update_index(ref(registry), "list", adding(1))
+    assert [seen.method for seen in registry.asked("/manifests/list")] == ["GET", "PUT"] * 3 + ["GET"]
+
+
+async def test_what_is_no_index_is_not_overwritten(client: RegistryClient, ready: FakeRegistry) -> None:
+    ready.add_manifest("team/app", "list", artifact(), types.OCI_MANIFEST)
+    with pytest.raises(Unsupported, match=r"team/app:list.*not an index"):
+        await client.update_index(ref(ready), "list", adding(1))
+    with pytest.raises(Unsupported):
+        await client.tagged_index(ref(ready), "list")
+    assert ready.pushed == []
+
+
+async def test_an_index_that_would_have_too_many_entries_is_not_written(
+    client: RegistryClient, registry: FakeRegistry
+) -> None:
+    full = {"schemaVersion": 2, "mediaType": types.OCI_INDEX, "manifests": [listed(n) for n in range(1000)]}
+    registry.add_manifest("team/app", "list", full, types.OCI_INDEX)
+    with pytest.raises(TooLarge, match=r"1001 entries.*delete"):
+        await client.update_index(ref(registry), "list", adding(1))
+    registry.script("/manifests/list", Fault(status=200, body=bytes(5 << 20)))
+    with pytest.raises(TooLarge, match="delete"):
+        await client.tagged_index(ref(registry), "list")
+    assert registry.pushed == []
+
+
+async def test_a_fallback_tag_that_must_not_change_says_what_to_do(client: RegistryClient, ready: FakeRegistry) -> None:
+    await client.push_referrer(ref(ready), artifact(SUBJECT), types.OCI_MANIFEST, SUBJECT.digest)
+    ready.immutable_tags = 409
+    with pytest.raises(Conflict, match=rf"{fallback_tag(SUBJECT.digest)}.*--output DIR"):
+        await client.push_referrer(ref(ready), artifact(SUBJECT, a="b"), types.OCI_MANIFEST, SUBJECT.digest)
+
+
+async def test_locks_of_tags_are_forgotten(client: RegistryClient, registry: FakeRegistry) -> None:
+    for number in range(3):
+        await client.update_index(ref(registry), f"list-{number}", adding(1))
+    assert len(client._tagged._locks) == 0
