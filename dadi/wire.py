@@ -1,7 +1,8 @@
-"""Errors and events as JSON between our own programs. Pure; `dadi/http.py` and the command line carry them.
+"""What our own programs say to each other: errors and events as JSON, a header. Pure; `dadi/http.py` carries it.
 
     an error     {"error": code, "message": …, "hint": …} (codes: `dadi/errors.py`)
     an event     one JSON object a line; the last has "event": "done", or "event": "error" with the fields above
+    a header     Dadi-Urgency: backfill (see `URGENCY`)
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import msgspec
 from dadi.errors import DadiError, Unavailable, by_code
 
 Event = dict[str, Any]
+URGENCY = "Dadi-Urgency"
+"""The header that says who waits for a blob's bytes: "backfill" means nobody; without it a program does."""
 MAX_EVENT = 16 << 20
 """Bytes that one event may have."""
 

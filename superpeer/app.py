@@ -30,7 +30,7 @@ _PROGRESS_EVERY = 0.25
 def create(superpeer: Superpeer) -> web.Application:
     """Return the application for a superpeer that has been started."""
     app = http.application()
-    blobs = BlobServer(superpeer.store, superpeer.bring, Compressor(cache=superpeer.config.compressed_cache))
+    blobs = BlobServer(superpeer, Compressor(cache=superpeer.config.compressed_cache))
 
     def statistics() -> dict[str, Any]:
         return {**superpeer.statistics(), "served": blobs.statistics()}

@@ -1,7 +1,10 @@
 """Which images the superpeer knows: reference and platform → image index; kept on disk, a small JSON file each.
 
-The image index, its layer indexes and its metadata are held in the store for as long as the record stands: they are
-small and dear. Layers are not held: they can be had from the registry again.
+The image index, its layer indexes, seek tables and metadata are held in the store for as long as the record stands:
+they are small and dear. Layers are not held: they can be had from the registry again.
+
+A layer's index is *proven* if this superpeer has made it, or has checked it against the whole layer. Only proven ones
+are used for another image: whoever may push an index into one repository must not speak for the layers of others.
 """
 
 from __future__ import annotations
@@ -55,6 +58,9 @@ class Catalog:
         self._records: dict[tuple[str, str], ImageRecord] = {}
         self._images: dict[str, ImageIndex] = {}
         self._layers: dict[str, tuple[str, ImageLayer]] = {}
+        """By diff ID: a reference in whose repository the layer is, and the layer."""
+        self._proven: set[tuple[str, str]] = set()
+        """Indexes from registries (`found_index`) that were checked against whole layers since the start."""
         self._held: dict[str, contextlib.ExitStack] = {}
 
     def __repr__(self) -> str:
@@ -93,9 +99,28 @@ class Catalog:
         """Return a reference in whose repository this uncompressed layer can be found, and the layer."""
         return self._layers.get(diff_id)
 
-    def layer_by_digest(self, layer_digest: str) -> ImageLayer | None:
-        """Return a layer that was indexed before, in whatever image."""
-        return next((layer for _, layer in self._layers.values() if layer.layer_digest == layer_digest), None)
+    def proven_layer(self, layer_digest: str) -> ImageLayer | None:
+        """Return a layer whose index is proven, in whatever image."""
+        layers = (layer for _, layer in self._layers.values() if layer.layer_digest == layer_digest)
+        return next((layer for layer in layers if self._is_proven(layer)), None)
+
+    def _is_proven(self, layer: ImageLayer) -> bool:
+        return not layer.seek_digest or layer.found_index in self._proven
+
+    def prove(self, layer: ImageLayer) -> None:
+        """Remember that all of a layer was checked against its index."""
+        self._proven.add(layer.found_index)
+
+    async def withdraw(self, layer: ImageLayer) -> list[tuple[ImageRecord, str]]:
+        """Forget the images that use a layer's index; return their records, and the artifacts they came from."""
+        found = [
+            (record, self._images[record.index_digest].artifact)
+            for record in self._records.values()
+            if any(_is_found(other, layer) for other in self._images[record.index_digest].layers)
+        ]
+        for record, _ in found:
+            await self._forget(record)
+        return found
 
     def records(self) -> list[ImageRecord]:
         """Return all, oldest first."""
@@ -136,7 +161,9 @@ class Catalog:
         index = self._images.get(record.index_digest)
         if index is None:
             index = await asyncio.to_thread(image_index.decode, await self._store.get(record.index_digest))
-            needed = (record.index_digest, index.metadata.digest, *(layer.index_digest for layer in index.layers))
+            seeks = (layer.seek_digest for layer in index.layers if layer.seek_digest)
+            layers = (layer.index_digest for layer in index.layers)
+            needed = (record.index_digest, index.metadata.digest, *layers, *seeks)
             with contextlib.ExitStack() as holds:
                 for digest in needed:
                     blob = self._store.find(digest)
@@ -145,8 +172,7 @@ class Catalog:
                     holds.enter_context(self._store.hold(blob))
                 self._held[record.index_digest] = holds.pop_all()
             self._images[record.index_digest] = index
-        for layer in index.layers:
-            self._layers[layer.diff_id] = (record.reference, layer)
+        self._learn(record.reference, index)
         self._records[record.reference, record.platform] = record
 
     async def _forget(self, record: ImageRecord) -> None:
@@ -157,8 +183,15 @@ class Catalog:
             return
         self._held.pop(record.index_digest).close()
         del self._images[record.index_digest]
-        kept = [(other.reference, self._images[other.index_digest]) for other in self._records.values()]
-        self._layers = {layer.diff_id: (name, layer) for name, index in kept for layer in index.layers}
+        self._layers.clear()
+        for other in self._records.values():
+            self._learn(other.reference, self._images[other.index_digest])
+
+    def _learn(self, reference: str, index: ImageIndex) -> None:
+        for layer in index.layers:
+            known = self._layers.get(layer.diff_id)
+            if known is None or self._is_proven(layer) or not self._is_proven(known[1]):
+                self._layers[layer.diff_id] = (reference, layer)
 
     async def _write(self, record: ImageRecord) -> None:
         try:
@@ -176,3 +209,7 @@ class Catalog:
         for holds in self._held.values():
             holds.close()
         self._held.clear()
+
+
+def _is_found(layer: ImageLayer, other: ImageLayer) -> bool:
+    return bool(layer.seek_digest) and layer.found_index == other.found_index

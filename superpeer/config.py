@@ -22,12 +22,26 @@ class StoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class IndexingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How images without an index are indexed."""
+    """Where indexes come from, and how layers are brought."""
 
     chunk_size: Annotated[int, described("the unit that is fetched and verified; a power of two", SIZE, at_least=0)] = (
         DEFAULT_CHUNK_SIZE
     )
     parallel_layers: Annotated[int, described("how many layers are streamed and indexed at a time", at_least=1)] = 2
+    use_artifacts: Annotated[
+        bool, described("use the indexes that `dadi index` and `dadi convert` put beside images; false: never")
+    ] = True
+    trusted_keys: Annotated[
+        tuple[str, ...],
+        described("PEM files of Ed25519 public keys; if there are any, only indexes that one of them signed are used"),
+    ] = ()
+    parallel_ranges: Annotated[
+        int, described("how many ranges of a layer are asked for from a registry at a time", at_least=1)
+    ] = 4
+    rest_after: Annotated[
+        float,
+        described("without a request from nodes, after which the rest of lazy layers is fetched", SECONDS, at_least=0),
+    ] = 3.0
     max_layer_size: Annotated[int, described("uncompressed; a layer that is larger is refused", SIZE, at_least=0)] = (
         256 << 30
     )
@@ -54,5 +68,7 @@ class SuperpeerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_level: Annotated[LogLevel, described("debug, info, warning or error")] = "info"
     log_json: Annotated[bool, described("true: one JSON object a line; false: for people")] = False
     store: Annotated[StoreConfig, described("the blob store")] = StoreConfig()
-    indexing: Annotated[IndexingConfig, described("indexing on first sight")] = IndexingConfig()
+    indexing: Annotated[
+        IndexingConfig, described("indexes: found in the registry, else made on first sight")
+    ] = IndexingConfig()
     registry: Annotated[RegistryConfig, described("the registries and how to talk to them")] = RegistryConfig()

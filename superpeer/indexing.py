@@ -1,7 +1,9 @@
-"""An image index for an image that has none: layers indexed as they stream by, metadata merged, all of it stored.
+"""The image index: from an index artifact in the registry, else made on first sight; metadata merged, all of it stored.
 
-Steps: (1) each layer, several at a time: its index from an earlier image, else from `origin.bring`; (2) the merged
-EROFS metadata, in a thread; (3) the image index.
+Steps: (1) each layer, several at a time: its index from the artifact if there is one (`referrers.py`); else from an
+earlier image, if that index was proven; else the layer is streamed and indexed by `origin.bring`; (2) the merged EROFS
+metadata, in a thread; (3) the image index. An artifact that turns out to be unusable on the way is passed over as a
+whole: an image has either its artifact's indexes or ours.
 """
 
 from __future__ import annotations
@@ -16,15 +18,17 @@ import msgspec
 from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.files import RAISE_LIMIT
 from dadi.erofs import writer as erofs
-from dadi.errors import NotFound, StoreFull
+from dadi.errors import DadiError, NotFound, StoreFull
+from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
-from dadi.index.image import VERSION, ImageIndex, ImageLayer
+from dadi.index.image import FIRST_SIGHT, VERSION, ImageIndex, ImageLayer
 from dadi.index.layer import LayerIndex
 from dadi.oci.manifest import Descriptor
 from dadi.oci.reference import Reference
 from dadi.oci.registry import ResolvedImage
 from superpeer.catalog import Catalog
 from superpeer.origin import Origin
+from superpeer.referrers import Accepted, Referrers, is_final
 
 T = TypeVar("T")
 
@@ -40,16 +44,58 @@ class Progress(msgspec.Struct):
 
 
 class Indexer:
-    """Makes image indexes on first sight."""
+    """Makes image indexes. `referrers` is None where the registry's are not to be used."""
 
-    def __init__(self, store: DiskBlobs, catalog: Catalog, origin: Origin) -> None:
+    def __init__(self, store: DiskBlobs, catalog: Catalog, origin: Origin, referrers: Referrers | None,
+                 fallbacks: Fallbacks) -> None:  # fmt: skip
         self._store = store
         self._catalog = catalog
         self._origin = origin
+        self._referrers = referrers
+        self._fallbacks = fallbacks
 
     async def image(self, reference: Reference, resolved: ResolvedImage, progress: Progress) -> ImageIndex:
-        """Return the image's index; its layers, layer indexes and metadata are in the store then."""
+        """Return the image's index; its layer indexes and metadata are in the store then.
+
+        So are its layers, if they had to be indexed on first sight.
+        """
+        if self._referrers is not None:
+            progress.stage = "looking for an index"
+            accepted = await self._referrers.find(reference, resolved)
+            if accepted is not None:
+                try:
+                    return await self._of_artifact(self._referrers, reference, resolved, accepted, progress)
+                except DadiError as error:
+                    if not is_final(error):
+                        raise
+                    why = f"{reference}, {accepted.digest}: {error.message}"
+                    self._fallbacks.note("index in the registry not used", why)
+        return await self._on_first_sight(reference, resolved, progress)
+
+    async def _of_artifact(self, referrers: Referrers, reference: Reference, resolved: ResolvedImage,
+                           accepted: Accepted, progress: Progress) -> ImageIndex:  # fmt: skip
+        progress.stage = "fetching the index"
+        progress.layers = len(resolved.manifest.layers)
+        # A layer may stand in an image several times.
+        pairs = dict(zip(resolved.manifest.layers, resolved.diff_ids, strict=True))
+
+        async def fetch(descriptor: Descriptor, diff_id: str) -> tuple[LayerIndex, ImageLayer]:
+            found = await referrers.layer(reference, accepted, descriptor, diff_id)
+            progress.layers_done += 1
+            return found
+
+        found = dict(zip(pairs, await _all([fetch(*pair) for pair in pairs.items()]), strict=True))
+        layers = [found[descriptor] for descriptor in resolved.manifest.layers]
+        index = await self._merged(resolved, progress, layers)
+        return msgspec.structs.replace(
+            index, origin=accepted.origin, artifact=accepted.digest, signer=accepted.signer
+        )
+
+    async def _on_first_sight(
+        self, reference: Reference, resolved: ResolvedImage, progress: Progress
+    ) -> ImageIndex:
         progress.stage = "indexing layers"
+        progress.layers_done = 0
         progress.layers = len(resolved.manifest.layers)
         pairs = list(zip(resolved.manifest.layers, resolved.diff_ids, strict=True))
         with contextlib.ExitStack() as holds:
@@ -73,11 +119,12 @@ class Indexer:
             layers=tuple(layer for _, layer in done),
             metadata=blob,
             devices=metadata.devices,
+            origin=FIRST_SIGHT,
         )
 
     async def _layer(self, reference: Reference, descriptor: Descriptor, diff_id: str,
                      progress: Progress, holds: contextlib.ExitStack) -> tuple[LayerIndex, ImageLayer]:  # fmt: skip
-        known = self._catalog.layer_by_digest(descriptor.digest)
+        known = self._catalog.proven_layer(descriptor.digest)
         if known is not None and known.diff_id == diff_id and self._store.has(known.index_digest):
             index = await self._origin.known(known.index_digest)
             progress.layers_done += 1

@@ -5,7 +5,11 @@
     resolve(reference, platform)   known and young enough → its record
                                    else ask the registry   → same manifest: confirm; new one: index it
                                    registry away           → the record, however old, said aloud; none: the error
-    read(blob, chunks)             in the store → its bytes; evicted → the layer is brought again, then its bytes
+    bring(blob, chunks)            in the store → nothing to do; a layer with seek points → the ranges that are needed
+                                   (`lazy_layers.py`); one without, that was evicted → all of it again (`origin.py`)
+
+An index from the registry that is found to lie is withdrawn: the images that use it are indexed anew on first sight,
+and the artifact is never used again.
 """
 
 from __future__ import annotations
@@ -15,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import structlog
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.source import Urgency
-from dadi.errors import NotFound, StoreFull, Unavailable
+from dadi.errors import ConfigError, DadiError, NotFound, StoreFull, Unavailable, Unsupported
 from dadi.fallbacks import Fallbacks
-from dadi.index import build, image
+from dadi.index import build, image, signature
 from dadi.index.chunks import Blob
 from dadi.index.image import ImageLayer
 from dadi.oci import platforms
@@ -31,8 +37,14 @@ from dadi.oci.registry import RegistryClient
 from superpeer.catalog import Catalog, ImageRecord
 from superpeer.config import SuperpeerConfig
 from superpeer.indexing import Indexer, Progress
+from superpeer.lazy_layers import LazyLayers
 from superpeer.origin import Origin
+from superpeer.ranged import Lie
+from superpeer.referrers import Referrers
+from superpeer.refused import Refused
 
+log = structlog.get_logger()
+_REMOVE_TRIES = 50
 _FULL_FOR = 10.0
 """Seconds that a full store is believed to stay full."""
 
@@ -61,7 +73,17 @@ class Superpeer:
             parallel=config.indexing.parallel_layers,
             limits=build.Limits(max_uncompressed_size=config.indexing.max_layer_size),
         )
-        self._indexer = Indexer(store, self.catalog, self.origin)
+        self._refused = Refused(Path(config.state) / "refused-indexes.json")
+        self._referrers = Referrers(
+            store, self.registry, self._refused, chunk_size=config.indexing.chunk_size, fallbacks=fallbacks
+        )
+        self._indexer = Indexer(store, self.catalog, self.origin,
+                                self._referrers if config.indexing.use_artifacts else None, fallbacks)  # fmt: skip
+        self.lazy = LazyLayers(
+            store, self.registry, parallel=config.indexing.parallel_ranges, rest_after=config.indexing.rest_after,
+            fallbacks=fallbacks, on_lie=self._lied, on_proven=self.catalog.prove,
+        )  # fmt: skip
+        self._healing: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._full_until = 0.0
         self._resolving: dict[tuple[str, str], Resolving] = {}
 
@@ -69,8 +91,11 @@ class Superpeer:
         return f"Superpeer({self.catalog!r}, {self.store!r})"
 
     async def start(self) -> None:
-        """Read what earlier runs left."""
+        """Read what earlier runs left. Raises ConfigError for keys that cannot be read."""
+        self._referrers.keys = await asyncio.to_thread(_keys, self.config.indexing.trusted_keys)
+        await self._refused.load()
         await self.catalog.load()
+        self.lazy.start()
 
     # ---- images
 
@@ -119,36 +144,95 @@ class Superpeer:
 
     # ---- blobs
 
-    async def bring(self, digest: str) -> Blob:
-        """Bring a layer's uncompressed tar that was evicted; return it when it is in the store.
+    def find(self, digest: str) -> Blob:
+        """Return a blob that is here, or a layer's uncompressed tar that can be brought.
 
         Raises NotFound for a digest that no known image has.
         """
+        blob = self.store.find(digest)
+        if blob is not None and self.store.has(digest):
+            return blob
         found = self.catalog.layer_by_diff_id(digest)
         if found is None:
             hint = "ask for its image first"
             raise NotFound(f"no image that this superpeer knows has the blob {digest}", hint=hint)
-        reference, layer = found
-        if not self.store.has(digest):
-            await self._bring_again(reference, layer, digest)
-        return layer.blob
+        return found[1].blob
 
-    async def _bring_again(self, reference: str, layer: ImageLayer, digest: str) -> None:
+    async def bring(self, blob: Blob, chunks: range, urgency: Urgency = Urgency.DEMAND) -> None:
+        """Bring chunks of what `find` returned into the store. Raises what the registry client raises; StoreFull."""
+        if not await self.store.missing(blob, chunks):
+            return
+        found = self.catalog.layer_by_diff_id(blob.digest)
+        if found is None:
+            raise NotFound(f"no image that this superpeer knows has the blob {blob.digest}")
         loop = asyncio.get_running_loop()
         if loop.time() < self._full_until:
-            # Whoever waits asks again soon; to stream a layer from the registry for each time would be a storm.
-            raise StoreFull(f"the store had no room for {digest} a moment ago", hint="raise store.limit")
-        self.fallbacks.note("blob was evicted, fetched again", digest)
-        descriptor = Descriptor(media_type=layer.media_type, digest=layer.layer_digest, size=layer.layer_size)
+            # Whoever waits asks again soon; to fetch it from the registry each time would be a storm.
+            raise StoreFull(f"the store had no room for {blob.digest} a moment ago", hint="raise store.limit")
         try:
-            await self.origin.bring(Reference.parse(reference), descriptor, digest)
+            await self._bring(*found, chunks, urgency)
         except StoreFull:
             self._full_until = loop.time() + _FULL_FOR
             raise
 
+    async def _bring(self, reference: str, layer: ImageLayer, chunks: range, urgency: Urgency) -> None:
+        if layer.seek_digest:
+            try:
+                await self.lazy.bring(reference, layer, chunks, urgency)
+                return
+            except Lie as lie:
+                await self._lied(layer, lie)
+            except Unsupported as error:
+                self.fallbacks.note("no ranges, whole layer fetched", error.message)
+        else:
+            self.fallbacks.note("blob was evicted, fetched again", layer.diff_id)
+        if not self.store.has(layer.diff_id):
+            await self._bring_whole(reference, layer)
+
+    async def _bring_whole(self, reference: str, layer: ImageLayer) -> None:
+        descriptor = Descriptor(media_type=layer.media_type, digest=layer.layer_digest, size=layer.layer_size)
+        _, made = await self.origin.bring(Reference.parse(reference), descriptor, layer.diff_id)
+        if layer.seek_digest and made.digest != layer.index_digest:
+            await self._lied(layer, Lie("its index is not the one that the whole layer gives"))
+
+    async def _lied(self, layer: ImageLayer, lie: Lie) -> None:
+        """Withdraw a layer's index, and index the images that use it anew; once, whoever finds out at the same time."""
+        task = self._healing.get(layer.found_index)
+        if task is None:
+            task = self._healing[layer.found_index] = asyncio.create_task(self._replace(layer, lie))
+            task.add_done_callback(lambda _: self._healing.pop(layer.found_index, None))
+        await asyncio.shield(task)
+
+    async def _replace(self, layer: ImageLayer, lie: Lie) -> None:
+        why = f"layer {layer.layer_digest}: {lie.message}"
+        self.fallbacks.note("lying index thrown away", why)
+        withdrawn = await self.catalog.withdraw(layer)
+        for record, artifact in withdrawn:
+            log.error("an index in the registry lies and is thrown away", image=record.reference, artifact=artifact,
+                      manifest=record.manifest_digest, why=why)  # fmt: skip
+            await self._refused.add(artifact, why)
+        await self.lazy.drop(layer)
+        await self._throw_away(layer)
+        for record, _ in withdrawn:
+            # By its digest: the tag may have moved, and nodes run this image.
+            pinned = Reference.parse(record.reference).at(record.manifest_digest)
+            try:
+                await asyncio.shield(self.resolve(str(pinned), record.platform).task)
+            except DadiError as error:
+                # Whoever asks for the image next has it indexed then.
+                log.warning("could not index an image anew", image=record.reference, why=error.message)
+
+    async def _throw_away(self, layer: ImageLayer) -> None:
+        """Remove what was verified by tables that may lie; whole blobs were verified by their digests and stay."""
+        for digest in (layer.diff_id, layer.layer_digest):
+            for _ in range(_REMOVE_TRIES):
+                if self.store.find(digest) is None or self.store.has(digest) or await self.store.remove(digest):
+                    break
+                await asyncio.sleep(0.1)  # somebody is being served from it
+
     async def read(self, blob: Blob, chunks: range, urgency: Urgency = Urgency.DEMAND) -> list[bytes]:
         """Be the source of an embedding node, whose own store has been asked already."""
-        await self.bring(blob.digest)
+        await self.bring(blob, chunks, urgency)
         return await self.store.read(blob, chunks, urgency)
 
     # ---- state
@@ -159,7 +243,8 @@ class Superpeer:
             "images": len(self.catalog.records()),
             "resolving": len(self._resolving),
             "registry_layers": self.origin.layers,
-            "registry_bytes": self.origin.bytes,
+            "registry_bytes": self.origin.bytes + self.lazy.statistics()["bytes"],
+            "ranges": self.lazy.statistics(),
             "registry": self.registry.statistics(),
             "store": self.store.statistics(),
             "fallbacks": self.fallbacks.statistics(),
@@ -167,10 +252,22 @@ class Superpeer:
 
     async def close(self) -> None:
         """Break off what is under way; the store is closed by who opened it."""
-        tasks = [resolving.task for resolving in self._resolving.values()]
+        await self.lazy.close()
+        tasks = [*(resolving.task for resolving in self._resolving.values()), *self._healing.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.origin.close()
         await self.registry.close()
         self.catalog.close()
+
+
+def _keys(paths: tuple[str, ...]) -> list[Ed25519PublicKey]:
+    keys = []
+    for path in paths:
+        try:
+            pem = Path(path).read_bytes()
+        except OSError as error:
+            raise ConfigError(f"indexing.trusted_keys: {path} cannot be read: {error.strerror}") from None
+        keys.append(signature.public_key(pem, f"indexing.trusted_keys: {path}"))
+    return keys

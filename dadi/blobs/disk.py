@@ -251,7 +251,7 @@ class DiskBlobs:
     async def keep(self, blob: Blob, first: int, parts: list[bytes]) -> None:
         """Write, then mark."""
         stored = self._entry(blob) or await self._create(blob)
-        if stored.complete or stored.refused or not parts:
+        if stored.complete or stored.refused or not self._missing(stored, range(first, first + len(parts))):
             return
         with self._using(stored), self._reserved(sum(map(len, parts))):
             await self._writing(stored.directory, files.write_chunks, stored.directory, blob, first, parts)
@@ -351,6 +351,9 @@ class DiskBlobs:
                     await self._move_in(ingest, blob, stored)
                     return
             if not stored.complete:
+                if stored.blob.table != blob.table:
+                    hint = "unmount what uses it first"
+                    raise StoreFull(f"{blob} is held here with another chunk table", hint=hint)
                 with self._using(stored):
                     # Mounted while it is partly here: fill the file that the kernel has open, not another one.
                     await self._writing(stored.directory, ingest.seal)

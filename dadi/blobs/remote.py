@@ -3,7 +3,7 @@
     →  GET /v1/blobs/sha256:… HTTP/1.1          ←  206 Partial Content
        Range: bytes=A-B                            Content-Range: bytes A-B/SIZE
        Accept-Encoding: zstd                       exactly B-A+1 bytes
-                                                or Content-Encoding: zstd, frames of exactly B-A+1 bytes together
+       Dadi-Urgency: backfill (or nothing)      or Content-Encoding: zstd, frames of exactly B-A+1 bytes together
 
 The range always counts the blob's own bytes, also where they come compressed. A run of chunks is one request. A 200,
 another range, another size or a short body is an error: the bytes are dropped.
@@ -21,6 +21,7 @@ from dadi import http
 from dadi.blobs.source import Urgency
 from dadi.errors import DigestMismatch
 from dadi.index.chunks import MAX_CHUNK_SIZE, Blob
+from dadi.wire import URGENCY
 
 
 class Remote:
@@ -45,6 +46,8 @@ class Remote:
         offset, length = blob.table.span(chunks)
         last = offset + length - 1
         headers = {"Range": f"bytes={offset}-{last}", "Accept-Encoding": self._accept}
+        if urgency != Urgency.DEMAND:
+            headers[URGENCY] = "backfill"
         self.requests += 1
         url = f"{self.url}/v1/blobs/{blob.digest}"
         async with http.request(self._session, "GET", url, "reading a blob", headers=headers) as response:

@@ -1,8 +1,8 @@
 """Answer `GET /v1/blobs/{digest}`: exactly the bytes that were asked for, from the store's files to the socket.
 
-A `Range` of one `bytes=A-B` (or `A-`) gives 206, no `Range` gives 200 and the whole; anything else gives 416. Only
-present, verified bytes are sent; the kernel sends them (`sendfile`). Pages that are not in its cache are read in a
-thread first, since `sendfile` would wait for the disk on the event loop.
+A `Range` of one `bytes=A-B` (or `A-`) gives 206, no `Range` gives 200 and the whole; anything else gives 416. What is
+not here is brought first, and just that; only present, verified bytes are sent, by the kernel (`sendfile`). Pages that
+are not in its cache are read in a thread first, since `sendfile` would wait for the disk on the event loop.
 
 A range request with `Accept-Encoding: zstd` may get its bytes compressed (`Content-Encoding: zstd`, a frame a chunk,
 `Content-Range` still counts the bytes as they are in the blob): see `Compressor`.
@@ -14,15 +14,18 @@ import asyncio
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Mapping
+from typing import Protocol
 
 import zstandard
 from aiohttp import web
 
 from dadi import digest as digests
 from dadi.blobs.disk import DiskBlobs
+from dadi.blobs.source import Urgency
 from dadi.errors import NotFound
 from dadi.index.chunks import Blob
+from dadi.wire import URGENCY
 
 _RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})")
 _FIRST_PART = 16 << 10
@@ -30,16 +33,30 @@ _STEP = 1 << 20
 _STALLED = 60.0
 """Seconds that a step may take before its reader is given up."""
 
-Bring = Callable[[str], Awaitable[Blob]]
-"""Brings a blob that is not all here; raises NotFound for one that nobody knows."""
+
+class Shelf(Protocol):
+    """What is served: blobs that are in `store`, or can be brought there."""
+
+    @property
+    def store(self) -> DiskBlobs:
+        """Where the bytes are served from."""
+        ...
+
+    def find(self, digest: str) -> Blob:
+        """Return a blob; raise NotFound for one that nobody knows."""
+        ...
+
+    async def bring(self, blob: Blob, chunks: range, urgency: Urgency) -> None:
+        """Bring chunks of it into the store."""
+        ...
 
 
 class BlobServer:
-    """The handler; `bring` is asked for a blob that is not all here. Counts what it sent."""
+    """The handler; `shelf` brings what is not here yet. Counts what it sent."""
 
-    def __init__(self, store: DiskBlobs, bring: Bring, compressor: Compressor) -> None:
-        self._store = store
-        self._bring = bring
+    def __init__(self, shelf: Shelf, compressor: Compressor) -> None:
+        self._shelf = shelf
+        self._store = shelf.store
         self._compressor = compressor
         self.requests = 0
         self.bytes = 0
@@ -52,9 +69,7 @@ class BlobServer:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answer GET and HEAD."""
         digest = digests.parse(request.match_info["digest"])
-        blob = self._store.find(digest)
-        if blob is None or not self._store.has(digest):
-            blob = await self._bring(digest)
+        blob = self._shelf.find(digest)
         offset, length, status = _requested(request, blob.size)
         headers = {
             "Content-Length": str(length),
@@ -73,8 +88,10 @@ class BlobServer:
             return response
         self.requests += 1
         self.bytes += length
+        chunks = blob.table.covering(offset, length)
+        await self._shelf.bring(blob, chunks, urgency_of(request.headers))
         with self._store.open_device(blob) as file:
-            if await self._store.missing(blob, blob.table.covering(offset, length)):
+            if await self._store.missing(blob, chunks):
                 raise NotFound(f"{blob} is not all here")
             if status == 206 and "zstd" in request.headers.get("Accept-Encoding", ""):
                 body = await self._compressor.range(blob, file.fd, offset, length)
@@ -143,6 +160,11 @@ class Compressor:
         while self._bytes > self._limit:
             _, old = self._cache.popitem(last=False)
             self._bytes -= len(old) + 200
+
+
+def urgency_of(headers: Mapping[str, str]) -> Urgency:
+    """Return what the request's header says."""
+    return Urgency.BACKFILL if headers.get(URGENCY) == "backfill" else Urgency.DEMAND
 
 
 def _requested(request: web.Request, size: int) -> tuple[int, int, int]:

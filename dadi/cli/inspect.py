@@ -23,10 +23,12 @@ _LETTERS = {"file": "-", "directory": "d", "symlink": "l", "hardlink": "h", "cha
 @node_socket
 @as_json
 def inspect(image: str, layers: bool, files: bool, platform: str, node_socket: str, as_json: bool) -> None:
-    """Show what IMAGE is made of: sizes, layers, files.
+    """Show what IMAGE is made of: sizes, where its index comes from, layers, files.
 
-    Asks the superpeer; an image that it has not seen yet is indexed for that. With --files each line is: type and
-    mode, owner, length, offset in the layer's uncompressed tar, path.
+    The index is a "referrer" (made by `dadi index`), "converted" (by `dadi convert`), or made on "first sight" by the
+    superpeer. Asks the superpeer; an image that it has not seen yet is indexed for that. With --layers each layer's
+    index (with its seek points) is also shown as a share of the layer. With --files each line is: type and mode, owner,
+    length, offset in the layer's uncompressed tar, path.
     """
     parameters = {"image": image, "platform": platform, "files": "1" if files else "0"}
     about: dict[str, Any] = {}
@@ -55,20 +57,28 @@ def inspect(image: str, layers: bool, files: bool, platform: str, node_socket: s
 
 
 def _about(about: dict[str, Any]) -> None:
+    origin = about["index_origin"]
+    if about["artifact_digest"]:
+        origin += f", {about['artifact_digest']}"
+    if about["signer"]:
+        origin += f", signed by {about['signer']}"
     click.echo(f"{about['reference']} for {about['platform']}\n"
                f"manifest   {about['manifest_digest']}\n"
                f"layers     {about['layers']}: {show.size(about['compressed_bytes'])}, "
                f"unpacked {show.size(about['unpacked_bytes'])}\n"
-               f"metadata   {show.size(about['metadata_bytes'])}, all that must be there before it starts")  # fmt: skip
+               f"metadata   {show.size(about['metadata_bytes'])}, all that must be there before it starts\n"
+               f"index      version {about['index_version']}, {origin}")  # fmt: skip
 
 
 def _layers(rows: list[dict[str, Any]]) -> None:
-    table = show.table("", "layer", "size", "unpacked", "files", "chunks", "index", "device")
+    table = show.table("", "layer", "size", "unpacked", "files", "chunks", "seek points", "index", "of layer", "device")
     for row in rows:
         device = str(row["device"]) if row["device"] else "not needed"
-        table.add_row(str(row["number"]), row["digest"][7:19], show.size(row["compressed_bytes"]),
+        size, index = row["compressed_bytes"], row["index_bytes"] + row["seek_bytes"]
+        table.add_row(str(row["number"]), row["digest"][7:19], show.size(size),
                       show.size(row["unpacked_bytes"]), str(row["files"]), str(row["chunks"]),
-                      show.size(row["index_bytes"]), device)  # fmt: skip
+                      str(row["seek_points"] or "-"), show.size(index), f"{100 * index / max(1, size):.1f} %",
+                      device)  # fmt: skip
     show.print_table(table)
 
 

@@ -21,11 +21,18 @@ from dadi.index.chunks import Blob, ChunkTable
 MAGIC = b"DADIIMG1"
 VERSION = 1
 MAX_LAYERS = 1000
+FIRST_SIGHT, REFERRER, CONVERTED = "first sight", "referrer", "converted"
+ORIGINS = (FIRST_SIGHT, REFERRER, CONVERTED)
+"""Where an index comes from: made by a superpeer; by `dadi index`; by `dadi convert`."""
 
 
 class ImageLayer(msgspec.Struct, frozen=True, array_like=True):
     """One layer: the blob as the registry has it (`layer_digest`, `layer_size` bytes, `media_type`), its uncompressed
-    tar (`diff_id`, `table`), and its layer index, a blob too (`index_digest`, `index_size` bytes)."""
+    tar (`diff_id`, `table`), and its layer index, a blob too (`index_digest`, `index_size` bytes).
+
+    A layer whose index was made at build time has a seek table as well (`seek_digest`, `seek_size` bytes,
+    `seek_points`); others have "", 0 and 0.
+    """
 
     layer_digest: str
     layer_size: int
@@ -34,15 +41,27 @@ class ImageLayer(msgspec.Struct, frozen=True, array_like=True):
     table: ChunkTable
     index_digest: str
     index_size: int
+    seek_digest: str = ""
+    seek_size: int = 0
+    seek_points: int = 0
 
     @property
     def blob(self) -> Blob:
         """The uncompressed tar."""
         return Blob(self.diff_id, self.table)
 
+    @property
+    def found_index(self) -> tuple[str, str]:
+        """What names an index that was found in a registry: the digests of its layer index and of its seek table."""
+        return self.index_digest, self.seek_digest
+
 
 class ImageIndex(msgspec.Struct, frozen=True, array_like=True):
-    """See the head of this file. `config` is the image's config, byte for byte."""
+    """See the head of this file. `config` is the image's config, byte for byte.
+
+    `origin` is one of ORIGINS; where the index was found in the registry, `artifact` is the digest of the artifact and
+    `signer` the ID of the trusted key that signed it ("" where no signature was asked for).
+    """
 
     version: int
     manifest_digest: str
@@ -52,6 +71,9 @@ class ImageIndex(msgspec.Struct, frozen=True, array_like=True):
     layers: tuple[ImageLayer, ...]
     metadata: Blob
     devices: tuple[int, ...]
+    origin: str = FIRST_SIGHT
+    artifact: str = ""
+    signer: str = ""
 
     @property
     def layers_size(self) -> int:
@@ -94,6 +116,8 @@ def decode(data: bytes) -> ImageIndex:
         for layer in index.layers:
             for digest in (layer.layer_digest, layer.diff_id, layer.index_digest):
                 digests.parse(digest)
+            if layer.seek_digest:
+                digests.parse(layer.seek_digest)
             layer.table.check()
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(f"not an image index: {error}") from None
@@ -103,6 +127,8 @@ def decode(data: bytes) -> ImageIndex:
         raise Malformed(f"not an image index: {error}") from None
     if len(index.layers) > MAX_LAYERS:
         raise Malformed(f"an image index of {len(index.layers)} layers; the limit is {MAX_LAYERS}")
+    if index.origin not in ORIGINS:
+        raise Malformed(f"an image index of origin {index.origin[:40]!r}")
     if any(not 0 <= place < len(index.layers) for place in index.devices):
         raise Malformed("an image index whose devices name layers that it does not have")
     return index

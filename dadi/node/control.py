@@ -98,7 +98,8 @@ async def inspecting(node: Node, image: str, platform: str, files: bool) -> Asyn
     index = await node.mounts.index(answer)
     yield {"event": "image", **msgspec.structs.asdict(answer), "config_digest": index.config_digest,
            "compressed_bytes": index.layers_size, "unpacked_bytes": index.unpacked_size,
-           "metadata_bytes": index.metadata.size, "layers": len(index.layers)}  # fmt: skip
+           "metadata_bytes": index.metadata.size, "layers": len(index.layers), "index_origin": index.origin,
+           "index_version": index.version, "artifact_digest": index.artifact, "signer": index.signer}  # fmt: skip
     for number in range(len(index.layers)):
         async for event in _layer(node, index, number, files):
             yield event
@@ -120,6 +121,8 @@ async def _layer(node: Node, index: ImageIndex, number: int, files: bool) -> Asy
         "chunks": layer.table.count,
         "chunk_size": layer.table.chunk_size,
         "index_bytes": layer.index_size,
+        "seek_points": layer.seek_points,
+        "seek_bytes": layer.seek_size,
         "device": index.devices.index(number) + 1 if number in index.devices else None,
     }
     if files:

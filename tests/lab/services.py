@@ -58,10 +58,11 @@ class Running:
 @contextlib.asynccontextmanager
 async def running(directory: Path, host: str, **options: object) -> AsyncIterator[Running]:
     limit, port = options.pop("limit", 0), options.pop("port", 0)
+    indexing = options.pop("indexing", IndexingConfig(chunk_size=CHUNK))
     config = SuperpeerConfig(
         state=str(directory),
         store=StoreConfig(limit=limit),
-        indexing=IndexingConfig(chunk_size=CHUNK),
+        indexing=indexing,
         registry=RegistryConfig(allowed=(host,), plain_http=(host,), retries=3, backoff=0.001),
         **options,
     )

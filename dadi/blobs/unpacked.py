@@ -1,0 +1,137 @@
+"""Chunks of an uncompressed tar, unpacked from the ranges of the compressed layer that they need.
+
+    tar chunks wanted ─► units between seek points ─► chunks of the compressed blob ─► `packed` (a source)
+                                                           │
+    kept in `store` ◄─ verified by the tar's chunk table ◄─┴─ unpacked, in a thread, a few MiB at a time
+
+Whatever else comes out on the way (whole chunks beside those that were asked for) is verified and kept too: the next
+reader wants it. A chunk that is not what the table says means that table, seek points or layer lie: DigestMismatch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+from dadi.blobs.source import Source, Urgency, hurry
+from dadi.blobs.store import BlobStore
+from dadi.errors import DigestMismatch, Malformed
+from dadi.index.chunks import Blob, ChunkTable
+from dadi.index.seek import SeekTable, unpack
+
+_BATCH = 4 << 20
+"""Bytes of chunks that are unpacked, and then kept, at a time."""
+_MARGIN, _MORE = 1.1, 32 << 10
+"""How far a guess goes beyond the average: the factor, and bytes. A wrong guess costs a second request."""
+_WORTH = 0.8
+"""The share of a unit above which all of it is fetched."""
+
+
+class Unpacked:
+    """The source of one layer's tar; `packed` must give verified chunks of `table.blob`."""
+
+    def __init__(self, store: BlobStore, table: SeekTable, packed: Source) -> None:
+        self._store = store
+        self._table = table
+        self._packed = packed
+        self.bytes = 0
+        """Bytes of the tar that were unpacked."""
+
+    def __repr__(self) -> str:
+        return f"Unpacked({self._packed!r})"
+
+    async def read(self, blob: Blob, chunks: range, urgency: Urgency = Urgency.DEMAND) -> list[bytes]:
+        """Return the run, verified; it is in the store then. Raises StoreFull."""
+        units = self._table.units(*blob.table.span(chunks))
+        whole = self._table.compressed_extent(units)
+        if urgency == Urgency.DEMAND:
+            extent = await self._beginning(blob, chunks, units, whole)
+            if extent != whole:
+                found = await self._unpacked(blob, chunks, units, extent, urgency, beginning=True)
+                if len(found) == len(chunks):
+                    return found
+        found = await self._unpacked(blob, chunks, units, whole, urgency)
+        if len(found) != len(chunks):
+            raise Malformed(f"the units {units.start} to {units.stop - 1} of {blob} do not hold chunks {chunks}")
+        return found
+
+    async def _beginning(
+        self, blob: Blob, chunks: range, units: range, whole: tuple[int, int]
+    ) -> tuple[int, int]:
+        """Return the (offset, length) of the compressed bytes to fetch for a demand.
+
+        Who reads here and there wants nothing of what a unit holds behind: it is left out, as far as can be guessed
+        from how the unit is compressed on average. Who reads on is given the rest of the unit, in one request.
+        """
+        offset, length = blob.table.span(chunks)
+        begin, size = self._table.extent(units[-1:])
+        share = (offset + length - begin) / size
+        packed, packed_size = self._table.compressed_extent(units[-1:])
+        guessed = int(packed_size * share * _MARGIN) + _MORE
+        if guessed > packed_size * _WORTH or not await self._is_new(blob, chunks, begin):
+            return whole
+        return whole[0], packed + guessed - whole[0]
+
+    async def _is_new(self, blob: Blob, chunks: range, begin: int) -> bool:
+        """Whether nothing of a unit has been read yet, which begins at that byte of the tar."""
+        first = -(-begin // blob.table.chunk_size)
+        before = range(min(first, chunks.start), chunks.start)
+        return len(await self._store.missing(blob, before)) == len(before)
+
+    async def _unpacked(self, blob: Blob, chunks: range, units: range, extent: tuple[int, int], urgency: Urgency, *,
+                        beginning: bool = False) -> list[bytes]:  # fmt: skip
+        """Return those of the chunks that the compressed bytes `extent` give; all that they give is kept."""
+        begin, length = extent
+        packed = self._table.compressed.covering(begin, length)
+        parts = await self._packed.read(self._table.blob, packed, urgency)
+        offset = packed.start * self._table.compressed.chunk_size
+        batches = self._batches(
+            blob.table, units, b"".join(parts)[begin - offset : begin - offset + length], beginning=beginning
+        )
+        del parts
+        found: list[bytes] = []
+        while (batch := await asyncio.to_thread(next, batches, None)) is not None:
+            first, ready = batch
+            await self._store.keep(blob, first, ready)
+            self.bytes += sum(map(len, ready))
+            found += [part for chunk, part in enumerate(ready, first) if chunk in chunks]
+        return found
+
+    def hurry(self, blob: Blob, chunks: range, urgency: Urgency) -> None:
+        """Pass it on: what waits below is of another blob."""
+        extent = self._table.compressed_extent(self._table.units(*blob.table.span(chunks)))
+        hurry(self._packed, self._table.blob, self._table.compressed.covering(*extent), urgency)
+
+    def _batches(
+        self, table: ChunkTable, units: range, data: bytes, *, beginning: bool
+    ) -> Iterator[tuple[int, list[bytes]]]:
+        """Yield (first chunk, verified chunks) of what the bytes of the units give whole. For threads."""
+        begin, length = self._table.extent(units)
+        size = table.chunk_size
+        chunk = -(-begin // size)
+        skip = chunk * size - begin
+        end = begin + length
+        pending = bytearray()
+        ready: list[bytes] = []
+        for piece in unpack(self._table, units, data, beginning=beginning):
+            pending += memoryview(piece)[skip:] if skip else piece
+            skip = max(0, skip - len(piece))
+            while chunk + len(ready) < table.count:
+                offset, expected = table.extent(chunk + len(ready))
+                if len(pending) < expected or offset + expected > end:
+                    break
+                ready.append(_verified(table, chunk + len(ready), bytes(memoryview(pending)[:expected])))
+                del pending[:expected]
+                if len(ready) * size >= _BATCH:
+                    yield chunk, ready
+                    chunk, ready = chunk + len(ready), []
+        if ready:
+            yield chunk, ready
+
+
+def _verified(table: ChunkTable, chunk: int, data: bytes) -> bytes:
+    try:
+        table.verify(chunk, data, source="its seek points")
+    except DigestMismatch as error:
+        raise DigestMismatch(error.message, source=error.source, hint="the layer's index lies") from None
+    return data
