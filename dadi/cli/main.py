@@ -7,7 +7,9 @@ import sys
 import click
 
 from dadi import __version__
+from dadi.cli.convert import convert
 from dadi.cli.doctor import doctor
+from dadi.cli.index import index
 from dadi.cli.inspect import inspect
 from dadi.cli.mount import mount, umount
 from dadi.cli.status import status
@@ -19,11 +21,11 @@ from dadi.errors import DadiError
 def cli() -> None:
     """Container images that start before they are there.
 
-    Talks to the node daemon (dadi-node) of this machine.
+    Talks to the node daemon (dadi-node) of this machine; index and convert talk to registries themselves.
     """
 
 
-for verb in (mount, umount, status, inspect, doctor):
+for verb in (mount, umount, status, inspect, index, convert, doctor):
     cli.add_command(verb)
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from dadi.publish.progress import Progress as Reporting
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -88,3 +92,89 @@ class LongWork:
         elif stage != self._stage and not self._quiet:
             click.echo(f"{self._what}: {stage}", err=True)
         self._stage = stage
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people read them: 43 s, 12:05, 3:00:12."""
+    whole = round(seconds)
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}" if minutes else f"{whole} s"
+
+
+class Transfer(Reporting):
+    """The progress of reading and pushing layers: bytes, layers, rate, time left.
+
+    A live line on a terminal; elsewhere plain lines, one a layer and one every `_EVERY` seconds at most. All of it goes
+    to standard error. With `quiet` only notices are shown.
+    """
+
+    _EVERY = 5.0
+
+    def __init__(self, what: str, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        self._what, self._quiet, self._clock = what, quiet, clock
+        self._began = self._said = clock()
+        self._layers = self._layers_done = self._size = self._done = 0
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Transfer:
+        if sys.stderr.isatty() and not self._quiet:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+            self._progress = Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(),
+                                      TextColumn("{task.fields[detail]}"),
+                                      console=Console(stderr=True), transient=True)  # fmt: skip
+            self._progress.start()
+            self._task = self._progress.add_task(self._what, total=None, detail="")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def expect(self, *, layers: int = 0, size: int = 0) -> None:
+        self._layers += layers
+        self._size += size
+        if layers:
+            self._began = self._clock()  # what comes before the first byte says nothing about the rate
+
+    def advance(self, size: int) -> None:
+        self._done += size
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, total=self._size or None, completed=self._done, detail=self._detail())
+        elif self._clock() - self._said >= self._EVERY:
+            self._line(self._detail())
+
+    def layer(self, digest: str, text: str) -> None:
+        self._layers_done += 1
+        self._print(f"layer {digest[7:19]}: {text} ({self._layers_done} of {self._layers})")
+
+    def stage(self, text: str) -> None:
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=f"{self._what}: {text}")
+        else:
+            self._line(text)
+
+    def notice(self, text: str) -> None:
+        self._print(text, always=True)
+
+    def _detail(self) -> str:
+        seconds = max(self._clock() - self._began, 1e-3)
+        rate = self._done / seconds
+        left = f", {duration((self._size - self._done) / rate)} left" if 0 < self._done < self._size else ""
+        return (f"{size(self._done)} of {size(self._size)}, {self._layers_done}/{self._layers} layers, "
+                f"{size(rate)}/s{left}")  # fmt: skip
+
+    def _line(self, text: str) -> None:
+        self._said = self._clock()
+        self._print(f"{self._what}: {text}")
+
+    def _print(self, text: str, *, always: bool = False) -> None:
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False)
+        elif always or not self._quiet:
+            click.echo(text, err=True)

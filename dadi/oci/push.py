@@ -46,7 +46,8 @@ from dadi.oci.reference import Reference
 
 T = TypeVar("T")
 
-_INSTEAD = "write the result to a directory with `--output DIR`"
+INSTEAD = "write the result to a directory with `--output DIR`"
+"""What hints offer where a registry refuses to be written; whoever has something else to offer replaces it."""
 _BYTES = {"Content-Type": "application/octet-stream"}
 
 
@@ -128,7 +129,7 @@ class Pushes:
         except RegistryNotAllowed:
             raise
         except AccessDenied as error:
-            error.hint = f"{error.hint}; or {_INSTEAD}" if error.hint else _INSTEAD
+            error.hint = f"{error.hint}; or {INSTEAD}" if error.hint else INSTEAD
             raise
 
     async def put_manifest(
@@ -221,12 +222,12 @@ async def refusal(answer: Answer, what: str, endpoint: Endpoint) -> DadiError:
     error = await answer.error(what, endpoint.host)
     said = answer.said
     if answer.status in (405, 501) or (answer.status < 500 and "UNSUPPORTED" in said):
-        hint = f"the registry takes no pushes (read-only, or a cache of another one): {_INSTEAD}"
+        hint = f"the registry takes no pushes (read-only, or a cache of another one): {INSTEAD}"
         return Unsupported(error.message, hint=hint)
     if answer.status in (409, 412) or (answer.status < 500 and ("TAG_INVALID" in said or "immutable" in said.lower())):
-        return Conflict(error.message, hint=f"the tag may be one that must not change: use another, or {_INSTEAD}")
+        return Conflict(error.message, hint=f"the tag may be one that must not change: use another, or {INSTEAD}")
     if answer.status == 413:
-        return TooLarge(error.message, hint=f"the registry takes nothing that large: {_INSTEAD}")
+        return TooLarge(error.message, hint=f"the registry takes nothing that large: {INSTEAD}")
     return error
 
 

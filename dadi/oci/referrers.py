@@ -69,7 +69,7 @@ class Referrers:
         return [entry for entry in found if artifact_type in ("", entry.artifact_type)]
 
     async def _typed(self, ref: Reference, entries: list[Descriptor]) -> list[Descriptor]:
-        """Return the entries with the artifact types of those that name none: some tools lose them on copying a list."""
+        """Return the entries, with the artifact types of those that name none: some tools lose them when they copy."""
         found: list[Descriptor] = []
         asked = 0
         for entry in entries:
