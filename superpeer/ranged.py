@@ -32,7 +32,7 @@ from dadi.fallbacks import Fallbacks
 from dadi.index import layer as layer_index
 from dadi.index.image import ImageLayer
 from dadi.index.layer import Entry
-from dadi.index.seek import SeekTable
+from dadi.index.seek import Form, SeekTable
 from dadi.index.tar import TarLimits, TarParser
 from superpeer.ranges import RegistryRanges, VerifiedRanges
 
@@ -67,7 +67,12 @@ class RangedLayer:
         fetched = Kept(store, VerifiedRanges(source, fallbacks), fallbacks)
         self._fetches = Joined(fetched, parallel=parallel, largest=_LARGEST_REQUEST)
         self._packed = Kept(store, self._fetches, fallbacks)
-        self._chunks = Joined(Unpacked(store, table, self._packed), parallel=_UNPACKING, largest=_LARGEST_RUN)
+        # A tar that is not compressed is its own compressed form: one blob in the store, by the tar's chunk table.
+        self._forms = [layer.blob] if table.form is Form.PLAIN else [layer.blob, table.blob]
+        self._chunks = self._fetches
+        if table.form is not Form.PLAIN:
+            unpacked = Unpacked(store, table, self._packed)
+            self._chunks = Joined(unpacked, parallel=_UNPACKING, largest=_LARGEST_RUN)
 
     def __repr__(self) -> str:
         return f"RangedLayer({self._chunks!r})"
@@ -105,6 +110,8 @@ class RangedLayer:
         try:
             await self._store.finish(tar)
             await self._check_entries()
+            if packed not in self._forms:
+                return
             async with self._held():
                 for run in runs(await self._store.missing(packed)):
                     await self._packed.read(packed, run, Urgency.BACKFILL)
@@ -123,7 +130,7 @@ class RangedLayer:
     async def _held(self) -> AsyncIterator[None]:
         """Keep what is there of both forms from eviction."""
         with contextlib.ExitStack() as holds:
-            for blob in (self.layer.blob, self.table.blob):
+            for blob in self._forms:
                 await self._store.prepare(blob)
                 holds.enter_context(self._store.hold(blob))
             yield

@@ -42,7 +42,7 @@ from dadi.index.seek import (
     inflater,
 )  # fmt: skip
 
-SPACING = 2 << 20
+SPACING = 1 << 20
 """Bytes of the tar from one point with a dictionary to the next, at least. Of a tar of 1 GiB, 408 MiB as gzip:
 
     spacing   encoded table   fetched to read 256 KiB somewhere (their share is 101 KiB)
@@ -50,11 +50,14 @@ SPACING = 2 << 20
     2 MiB     1264 KiB        1000 KiB
     3 MiB      918 KiB        1405 KiB
     4 MiB      728 KiB        1812 KiB
+
+1 MiB costs a quarter of a percent of the layer more than 2 MiB, and the first start of a Debian image with Python takes
+14.0 % of its bytes from the registry instead of 16.1 % (13.5 % at 512 KiB, with an index twice as large).
 """
 FREE_SPACING = DEFAULT_CHUNK_SIZE
 """Bytes of the tar from one point without a dictionary to the next, about."""
 MAX_WINDOWS = 2560
-"""Dictionaries at most: indexed_gzip holds them all, 32 KiB each. In a layer above 5 GiB they stand further apart."""
+"""Dictionaries at most: indexed_gzip holds them all, 32 KiB each. In a layer above 2.5 GiB they stand further apart."""
 
 _LEVEL = 9
 _LIBRARY_MIN_SPACING = 2 * MAX_WINDOW
