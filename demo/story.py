@@ -3,13 +3,16 @@
     registry ─┬─ superpeer          each link shaped to the same rate; all in network namespaces of this machine
               ├─ plain              containerd: the ordinary way
               ├─ first              a node, while the superpeer has never seen the image
-              └─ second             a node, when the superpeer knows it
+              ├─ second             a node, when the superpeer knows it
+              └─ fresh, indexed     another superpeer and its first node, when `dadi index` was run after the build
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -51,7 +54,10 @@ class Story:
         plain = self._ordinary(reference)
         superpeer = Superpeer(self._lab, self._host("superpeer"), [registry.address])
         first = self._first_sight(reference, superpeer)
-        self._second(reference, superpeer, plain, first)
+        superpeer.stop()
+        indexed = self._indexed(reference, registry, registry_host)
+        superpeer = Superpeer(self._lab, self._network.hosts["superpeer"], [registry.address])
+        self._second(reference, superpeer, plain, first, indexed)
 
     def _host(self, name: str) -> Host:
         return self._network.host(name, self._speed)
@@ -82,15 +88,41 @@ class Story:
         node.stop()
         return result
 
-    def _second(self, reference: str, superpeer: Superpeer, plain: Start, first: Start) -> None:
-        """Acts 3 to 5: the main job with a warm superpeer, the backfill, and the proof."""
+    def _indexed(self, reference: str, registry: Registry, registry_host: Host) -> Start:
+        """Act 3: the index was made where the image was built; the very first node starts lazily."""
         screen = self._screen
-        screen.section("3  From then on: another node, the same image, the superpeer knows it")
+        screen.section("3  Indexed: `dadi index` has put an index beside the image; a superpeer that has never seen it")
+        start = time.monotonic()
+        with screen.working("dadi index: the build's last step, beside the registry"):
+            command = [*registry_host.prefix, sys.executable, "-m", "dadi.cli", "index", reference, "--plain-http"]
+            done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise LabFailed(f"dadi index {reference}: {done.stderr.strip()}")
+        layers = json.loads(done.stdout)["platforms"][0]["layers"]
+        size = sum(layer["index_bytes"] + layer["seek_bytes"] for layer in layers)
+        screen.fact("index", f"{megabytes(size)} for {megabytes(self._image.compressed_size)} of layers, made in "
+                    f"{time.monotonic() - start:.1f} s; the image is as it was")  # fmt: skip
+        superpeer = Superpeer(self._lab, self._host("fresh"), [registry.address], name="fresh")
+        node = Node(self._lab, self._host("indexed"), [superpeer.url], name="indexed")
+        directory = self._lab.root / "indexed-image"
+        result = self._start(node, reference, directory, "the superpeer fetches the ranges that are asked for")
+        taken = superpeer.status()["registry_bytes"]
+        screen.fact("superpeer", f"took {megabytes(taken)} of layers from the registry until then: "
+                    f"{taken / self._image.compressed_size:.0%}")  # fmt: skip
+        node.dadi("umount", str(directory))
+        node.stop()
+        superpeer.stop()
+        return result
+
+    def _second(self, reference: str, superpeer: Superpeer, plain: Start, first: Start, indexed: Start) -> None:
+        """Acts 4 to 6: the main job with a warm superpeer, the backfill, and the proof."""
+        screen = self._screen
+        screen.section("4  From then on: another node, the same image, the superpeer knows it")
         host = self._host("second")
         node = Node(self._lab, host, [superpeer.url], name="second")
         directory = self._lab.root / "image"
         second = self._start(node, reference, directory, "mounting")
-        self._compare(plain, first, second)
+        self._compare(plain, first, indexed, second)
         self._backfill(node, host)
         self._prove(node, directory)
         # nobody answers for the mount any more: it ends like any other
@@ -111,7 +143,7 @@ class Story:
                     f"headers): {share:.0%} of what a pull takes")  # fmt: skip
         return start
 
-    def _compare(self, plain: Start, first: Start, second: Start) -> None:
+    def _compare(self, plain: Start, first: Start, indexed: Start, second: Start) -> None:
         screen = self._screen
         screen.section(f"Until the program's first line, with every link at {spoken(self._speed)}")
 
@@ -122,12 +154,13 @@ class Story:
         screen.bars([
             Bar("ordinary", plain.first_line, plain.on_link, "pull, unpack, start", "red"),
             Bar("first sight", first.first_line, first.on_link, sooner(first), "yellow"),
+            Bar("indexed", indexed.first_line, indexed.on_link, sooner(indexed), "yellow"),
             Bar("from then on", second.first_line, second.on_link, sooner(second), "green"),
         ])  # fmt: skip
 
     def _backfill(self, node: Node, host: Host) -> None:
         screen = self._screen
-        screen.section("4  The rest arrives in the background")
+        screen.section("5  The rest arrives in the background")
         host.shape(_FAST)
         self._network.hosts["superpeer"].shape(_FAST)
         screen.fact("links", f"opened to {spoken(_FAST)} for this, so that nobody has to wait for it")
@@ -147,7 +180,7 @@ class Story:
 
     def _prove(self, node: Node, directory: Path) -> None:
         screen = self._screen
-        screen.section("5  The proof: dadi-node is killed, the page cache dropped, and everything read again")
+        screen.section("6  The proof: dadi-node is killed, the page cache dropped, and everything read again")
         status = node.kill()
         Path("/proc/sys/vm/drop_caches").write_text("3\n")
         start = time.monotonic()
