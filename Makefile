@@ -1,7 +1,7 @@
 # Every verb makes itself ready first (scripts/setup, quick when there is nothing to do).
 PYTHON := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check bench proto clean
 
 help:           ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */make \1\t/' | expand -t 14
@@ -21,6 +21,9 @@ check: setup    ## ruff and mypy
 
 bench: setup    ## measure speed and memory (root), write bench/results; ARGS="first_line" selects
 	@$(PYTHON) -m bench $(ARGS)
+
+proto: setup    ## make the gRPC modules from the .proto files anew
+	@scripts/proto
 
 clean:          ## remove caches and .venv; bench/results stays
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage build dist *.egg-info

@@ -137,6 +137,13 @@ class Conflict(DadiError):
     errno = _errno.EBUSY
 
 
+class AlreadyExists(Conflict):
+    """Something of this name is there already; for a layer that can be lazy this is the good news."""
+
+    code = "exists"
+    errno = _errno.EEXIST
+
+
 class MissingFeature(DadiError):
     """This machine lacks something dadi needs: a kernel feature, a device, a privilege."""
 
