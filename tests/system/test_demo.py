@@ -47,8 +47,10 @@ def test_it_tells_the_whole_story_and_clears_away(place: Path) -> None:
     with leak_check(place) as leaks, demo(place) as process:
         told, _ = process.communicate()
     assert process.returncode == 0, told
-    for part in ("pulled and unpacked", "First sight", "Indexed", "mounted:", "the program says: ready:",
-                 "times sooner", "local: the daemon is no longer in the read path", "all of it read", "namespace is left"):  # fmt: skip
+    for part in (
+        "pulled and unpacked", "First sight", "Indexed", "mounted:", "the program says: ready:", "times sooner",
+        "local: the daemon is no longer in the read path", "all of it read", "namespace is left",
+    ):  # fmt: skip
         assert part in told
     assert leaks.found == []
 
