@@ -62,7 +62,7 @@ def test_it_tells_the_whole_story_and_clears_away(place: Path) -> None:
         ("containerd pulls", signal.SIGINT),
         ("dadi mount", signal.SIGTERM),
         ("mounted:", signal.SIGINT),
-        ("3  From then on", signal.SIGHUP),
+        ("4  From then on", signal.SIGHUP),
         ("The rest arrives", signal.SIGINT),
         ("dadi-node is dead", signal.SIGTERM),
     ],
