@@ -1,0 +1,245 @@
+"""Whom a node asks, and whom next: hedging, liars, loops; a peer that crawls is left as fast as a dead one."""
+
+from __future__ import annotations
+
+import pytest
+
+from dadi.peers.choose import MAX_HOPS, Ask, Chooser
+from dadi.peers.health import Event, Health, Settings, State
+from dadi.peers.places import Peer, Place
+
+RUN, SIZE = range(0, 4), 1 << 20
+PATIENCE = 0.1 + SIZE / 4e6
+
+
+def chooser(*parents: str, superpeers: tuple[str, ...] = ("s1", "s2")) -> Chooser:
+    made = Chooser(Health(Settings(margin=0.02, longest=0.1, slowest=4e6), trusted=superpeers), superpeers)
+    made.learn(Place(7, 3, tuple(Peer(name) for name in parents)))
+    return made
+
+
+def asked(ask: Ask) -> list[str]:
+    return [a_try.upstream for a_try in ask.tries]
+
+
+def test_parents_come_before_superpeers() -> None:
+    assert chooser("p", "q").order(0.0) == ["p", "q", "s1"]
+    assert asked(chooser().begin(RUN, SIZE, 0.0)) == ["s1"]
+
+
+def test_who_takes_too_long_is_hedged_by_the_next_parent_then_the_superpeer() -> None:
+    c = chooser("p", "q")
+    ask = c.begin(RUN, SIZE, 10.0)
+    assert asked(ask) == ["p"]
+    assert c.wake_at() == pytest.approx(10 + PATIENCE)
+    assert c.due(10 + PATIENCE - 0.001) == []
+    assert c.due(10 + PATIENCE) == [(ask, "q")]
+    assert c.due(10 + 2 * PATIENCE + 0.001) == [(ask, "s1")]
+    assert c.due(10 + 3 * PATIENCE + 0.001) == []  # no stand-in of a superpeer that is only slow
+    assert c.hedges == 2
+
+
+def test_the_first_to_come_wins_and_the_others_are_to_be_cancelled() -> None:
+    c = chooser("p", "q")
+    ask = c.begin(RUN, SIZE, 10.0)
+    c.due(10 + PATIENCE)
+    assert c.arrived(ask, "q", 10 + PATIENCE + 0.01) == ["p"]
+    assert c.health.state("p", 11.0) is State.SUSPECT
+    assert c.health.state("q", 11.0) is State.GOOD
+    assert c.wake_at() is None
+
+
+def test_a_hedge_that_loses_is_nobodys_fault() -> None:
+    c = chooser("p", "q")
+    ask = c.begin(RUN, SIZE, 10.0)
+    c.due(10 + PATIENCE)
+    assert c.arrived(ask, "p", 10 + PATIENCE + 0.01) == ["q"]
+    assert c.health.state("q", 11.0) is State.GOOD
+    assert c.health.reports() == []
+
+
+@pytest.mark.parametrize("happens", ["failed", "lied", "busy"])
+def test_after_a_failure_the_next_is_asked_at_once(happens: str) -> None:
+    c = chooser("p", "q")
+    ask = c.begin(RUN, SIZE, 0.0)
+    following = c.busy(ask, "p", 0.1, 5.0) if happens == "busy" else getattr(c, happens)(ask, "p", 0.1)
+    assert following == "q"
+    assert asked(ask) == ["q"]
+    assert c.order(0.1) == ["q", "s1"]
+    assert c.hedges == 0
+
+
+def test_while_somebody_else_is_being_asked_a_failure_asks_nobody() -> None:
+    c = chooser("p", "q")
+    ask = c.begin(RUN, SIZE, 0.0)
+    c.due(PATIENCE)
+    assert c.failed(ask, "p", 0.5) is None
+    assert asked(ask) == ["q"]
+
+
+def test_when_all_have_failed_there_is_nobody_left_and_a_new_ask_tries_the_superpeer_again() -> None:
+    c = chooser("p")
+    ask = c.begin(RUN, SIZE, 0.0)
+    assert [c.failed(ask, who, 0.1) for who in ("p", "s1", "s2")] == ["s1", "s2", None]
+    assert asked(ask) == []
+    assert asked(c.begin(RUN, SIZE, 0.2)) == ["s1"]
+
+
+def test_a_superpeer_that_is_away_is_replaced_by_the_next_in_order() -> None:
+    c = chooser()
+    ask = c.begin(RUN, SIZE, 0.0)
+    assert c.failed(ask, "s1", 0.1) == "s2"
+    assert asked(c.begin(RUN, SIZE, 0.2)) == ["s2"]
+    assert asked(c.begin(RUN, SIZE, 2.0)) == ["s1"]
+
+
+def test_a_silent_superpeer_is_taken_for_dead_after_a_second_and_not_before() -> None:
+    c = chooser()
+    ask = c.begin(RUN, SIZE, 0.0)
+    assert c.due(PATIENCE + 0.01) == []
+    now = PATIENCE
+    while not (found := c.due(now)):
+        now += 0.05
+        assert now < 3.0
+    assert found == [(ask, "s2")]
+    assert now > 1.0
+
+
+def test_a_liar_is_never_asked_again_and_a_failing_peer_is() -> None:
+    c = chooser("liar", "weak")
+    ask = c.begin(RUN, SIZE, 0.0)
+    c.lied(ask, "liar", 0.1)
+    c.failed(ask, "weak", 0.1)
+    assert c.order(0.2) == ["s1"]
+    assert c.order(1e6) == ["weak", "s1"]
+
+
+def left_after(c: Chooser, answers_at: float | None) -> float:
+    """Ask for a run every 10 ms; "p" answers each `answers_at` seconds after the last, if ever; "q" within 1 ms.
+
+    Returns when "p" is no longer asked for new runs.
+    """
+    waiting: list[Ask] = []
+    helped: list[tuple[float, Ask]] = []
+    last, now = 0.0, 0.0
+    while now < 60.0:
+        if c.order(now)[0] != "p":
+            return now
+        if len(waiting) < 8:
+            waiting.append(c.begin(RUN, SIZE, now))
+        if answers_at is not None and waiting and now >= last + answers_at:
+            last = now
+            c.arrived(waiting.pop(0), "p", now)
+        helped += [(now + 0.001, ask) for ask, upstream in c.due(now) if upstream == "q"]
+        for at, ask in helped:
+            if now >= at and ask in waiting:
+                c.arrived(ask, "q", now)
+                waiting.remove(ask)
+        now = round(now + 0.01, 2)
+    raise AssertionError("never left")
+
+
+@pytest.mark.parametrize("every", [0.8, 3.0, 30.0])
+def test_a_peer_that_crawls_is_left_as_fast_as_a_dead_one(every: float) -> None:
+    dead = left_after(chooser("p", "q"), None)
+    assert dead < 2 * PATIENCE
+    assert left_after(chooser("p", "q"), every) <= dead + 0.05
+
+
+def test_a_peer_that_crawls_only_now_is_left_within_the_time_that_answers_take() -> None:
+    c = chooser("p", "q")
+    for n in range(100):
+        c.arrived(c.begin(RUN, SIZE, n * 0.01), "p", n * 0.01 + 0.002)
+    assert c.health.patience(SIZE) < 0.025
+    asks = [c.begin(RUN, SIZE, 2.0) for _ in range(4)]
+    moved = c.due(2.03)
+    assert [upstream for _, upstream in moved] == ["q"] * 4
+    c.arrived(asks[0], "q", 2.04)
+    c.arrived(asks[1], "q", 2.04)
+    assert c.order(2.04)[0] == "q"
+
+
+def test_when_a_peer_is_dropped_all_that_it_was_asked_for_is_asked_of_the_next_without_waiting() -> None:
+    c = chooser("p", "q")
+    first, *others = [c.begin(RUN, SIZE, 0.0) for _ in range(40)]
+    c.failed(first, "p", 0.01)
+    assert c.wake_at() == 0.0
+    assert c.due(0.01) == [(ask, "q") for ask in others]
+    assert c.hedges == 0
+
+
+def test_what_stands_in_a_queue_that_moves_is_not_late() -> None:
+    c = chooser("p", "q")
+    asks = [c.begin(RUN, SIZE, 0.0) for _ in range(20)]
+    for n, ask in enumerate(asks):
+        now = (n + 1) * 0.3
+        assert c.due(now) == []
+        c.arrived(ask, "p", now)
+    assert c.health.state("p", 10.0) is State.GOOD
+
+
+def test_a_peer_that_says_it_waits_is_not_hedged() -> None:
+    c = chooser("p", "q")
+    ask = c.begin(RUN, SIZE, 0.0)
+    for tenth in range(1, 40):
+        c.heard(ask, "p", tenth / 10, waiting=True)
+        assert c.due(tenth / 10 + 0.05) == []
+    c.heard(ask, "p", 4.0, waiting=False)
+    assert c.due(4.0 + PATIENCE - 0.01) == []
+    assert c.due(4.0 + PATIENCE) == [(ask, "q")]
+
+
+def test_a_peer_that_waits_and_falls_silent_has_failed() -> None:
+    c = chooser("p", "q")
+    ask = c.begin(RUN, SIZE, 0.0)
+    c.heard(ask, "p", 0.1, waiting=True)
+    c.heard(ask, "p", 0.2, waiting=True)
+    assert c.due(0.2 + 0.1 + PATIENCE + 0.01) == [(ask, "q")]
+    assert c.health.state("p", 0.7) is State.DROPPED
+
+
+def test_nobody_may_wait_for_ever() -> None:
+    c = chooser("p", "q")
+    ask = c.begin(RUN, SIZE, 0.0)
+    for tenth in range(1, 51):
+        c.heard(ask, "p", tenth / 10, waiting=True)
+    c.heard(ask, "p", 5.15, waiting=True)
+    assert c.due(5.16) == [(ask, "q")]
+
+
+def test_waiting_does_not_count_into_how_long_answers_take() -> None:
+    c = chooser("p")
+    for n in range(32):
+        ask = c.begin(RUN, SIZE, float(n))
+        c.heard(ask, "p", n + 0.001, waiting=True)
+        c.heard(ask, "p", n + 0.9, waiting=False)
+        c.arrived(ask, "p", n + 0.902)
+    assert c.health.patience(SIZE) < 0.025
+
+
+def test_hedges_are_limited_where_everything_is_late() -> None:
+    c = chooser("p", "q")
+    for _ in range(1000):
+        c.begin(RUN, SIZE, 0.0)
+    assert len(c.due(PATIENCE)) <= 16
+    assert c.refused_hedges > 900
+
+
+def test_a_request_that_came_through_too_many_nodes_goes_to_the_superpeer() -> None:
+    c = chooser("p", "q")
+    assert asked(c.begin(RUN, SIZE, 0.0, hops=MAX_HOPS - 1)) == ["p"]
+    assert asked(c.begin(RUN, SIZE, 0.0, hops=MAX_HOPS)) == ["s1"]
+
+
+def test_a_probed_peer_is_asked_for_one_thing_only() -> None:
+    c = chooser("p", "q")
+    c.health.happened("p", Event.FAILED, 0.0)
+    assert [asked(c.begin(RUN, SIZE, 2.0)) for _ in range(3)] == [["p"], ["q"], ["q"]]
+
+
+def test_a_run_that_nobody_wants_any_more_is_no_longer_hedged() -> None:
+    c = chooser("p", "q")
+    ask = c.begin(RUN, SIZE, 0.0)
+    assert c.cancelled(ask) == ["p"]
+    assert c.due(100.0) == []
+    assert c.wake_at() is None
