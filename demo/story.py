@@ -4,6 +4,7 @@
               ├─ plain              containerd: the ordinary way
               ├─ first              a node, while the superpeer has never seen the image
               ├─ second             a node, when the superpeer knows it
+              ├─ third              a node, and containerd that has it as a snapshotter
               └─ fresh, indexed     another superpeer and its first node, when `dadi index` was run after the build
 """
 
@@ -26,6 +27,8 @@ from tests.lab.processes import LabFailed, Node, Registry, Superpeer
 from tests.lab.starts import Start
 
 _FAST = "1gbit"
+_SNAPSHOTTER = "third/run/snapshotter.sock"
+"""Where the last node's socket will be in the lab: containerd's configuration names it from the start."""
 
 
 class Story:
@@ -58,6 +61,7 @@ class Story:
         indexed = self._indexed(reference, registry, registry_host)
         superpeer = Superpeer(self._lab, self._network.hosts["superpeer"], [registry.address])
         self._second(reference, superpeer, plain, first, indexed)
+        self._containers(reference, superpeer, plain)
 
     def _host(self, name: str) -> Host:
         return self._network.host(name, self._speed)
@@ -66,11 +70,10 @@ class Story:
         """Act 1: pull all, unpack all, start."""
         screen = self._screen
         screen.section("1  The ordinary way: containerd pulls all of it, unpacks all of it, then the program starts")
-        containerd = Containerd(self._lab, self._host("plain"))
+        self._containerd = Containerd(self._lab, self._host("plain"), snapshotter=self._lab.root / _SNAPSHOTTER)
         directory = self._lab.root / "plain"
         with screen.working("containerd pulls and unpacks the image"):
-            start = starts.ordinarily(containerd, self._image, reference, directory)
-        containerd.stop()
+            start = starts.ordinarily(self._containerd, self._image, reference, directory)
         screen.event(start.ready, f"pulled and unpacked: {megabytes(start.on_link)} had crossed the network")
         screen.event(start.first_line, f"the program says: {start.line}")
         return start
@@ -177,6 +180,39 @@ class Story:
         if row["state"] != "local":
             raise LabFailed(f"the mount is {row['state']} after backfill:\n{node.tail()}")
         screen.good(f"local: the daemon is no longer in the read path (after {time.monotonic() - start:.1f} s)")
+
+    def _containers(self, reference: str, superpeer: Superpeer, plain: Start) -> None:
+        """Act 7: the same by containerd and runc, with dadi-node as containerd's snapshotter."""
+        screen, containerd = self._screen, self._containerd
+        screen.section("7  As containerd runs it: a container by runc, on overlayfs and on the dadi snapshotter")
+        self._network.hosts["superpeer"].shape(self._speed)
+        start = time.monotonic()
+        with screen.working("overlayfs: the image that was pulled in act 1"):
+            said = containerd.run(reference, "ordinary", self._image.command).strip()
+        ordinary = plain.ready + time.monotonic() - start
+        screen.event(ordinary, f"overlayfs, with the pull of act 1: {said}")
+        host = self._host("third")
+        node = Node(self._lab, host, [superpeer.url], name=_SNAPSHOTTER.split("/")[0])
+        before, start = host.traffic(), time.monotonic()
+        with screen.working("dadi pull, then ctr run --snapshotter dadi"):
+            command = [*host.prefix, sys.executable, "-m", "dadi.cli", "pull", reference, "--plain-http",
+                       "--containerd-address", str(containerd.socket), "--json"]  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise LabFailed(f"dadi pull {reference}: {done.stderr.strip()}\n{node.tail()}")
+            pulled = time.monotonic() - start
+            said = containerd.run(reference, "lazy", self._image.command, "dadi").strip()
+        lazy = time.monotonic() - start
+        screen.event(pulled, "pulled: manifest, config, and a snapshot for each layer")
+        screen.event(lazy, f"dadi, with its pull: {said}", strong=True)
+        on_link = (host.traffic() - before).received
+        screen.bars([
+            Bar("overlayfs", ordinary, plain.on_link, "ctr image pull, ctr run", "red"),
+            Bar("dadi", lazy, on_link, f"dadi pull, ctr run: {ordinary / lazy:.1f} times sooner", "green"),
+        ])  # fmt: skip
+        containerd.ctr("image", "rm", "--sync", reference)
+        containerd.stop()
+        node.stop()
 
     def _prove(self, node: Node, directory: Path) -> None:
         screen = self._screen

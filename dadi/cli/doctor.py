@@ -9,14 +9,20 @@ import msgspec
 
 from dadi.cli import show
 from dadi.cli.client import as_json
+from dadi.cli.pull import containerd_address
+from dadi.containerd import check
 from dadi.node import kernel
 
 
 @click.command()
+@containerd_address
 @as_json
-def doctor(as_json: bool) -> None:
-    """Check whether this machine has what dadi-node needs. Exit status 1 if something is lacking."""
-    rows = kernel.probe()
+def doctor(containerd_address: str, as_json: bool) -> None:
+    """Check whether this machine has what dadi-node needs. Exit status 1 if something is lacking.
+
+    Where containerd runs, also whether it knows dadi; a machine without containerd lacks nothing.
+    """
+    rows = [*kernel.probe(), *check.probe(containerd_address)]
     if as_json:
         click.echo(msgspec.json.encode([
             {"name": row.name, "ok": row.ok, "detail": row.detail, "hint": row.hint} for row in rows

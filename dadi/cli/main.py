@@ -7,11 +7,14 @@ import sys
 import click
 
 from dadi import __version__
+from dadi.cli.containerd_config import containerd_config
 from dadi.cli.convert import convert
 from dadi.cli.doctor import doctor
 from dadi.cli.index import index
 from dadi.cli.inspect import inspect
 from dadi.cli.mount import mount, umount
+from dadi.cli.pull import pull
+from dadi.cli.simulate import simulate
 from dadi.cli.status import status
 from dadi.errors import DadiError
 
@@ -21,11 +24,12 @@ from dadi.errors import DadiError
 def cli() -> None:
     """Container images that start before they are there.
 
-    Talks to the node daemon (dadi-node) of this machine; index and convert talk to registries themselves.
+    Talks to the node daemon (dadi-node) of this machine; index, convert and pull talk to registries themselves, pull
+    also to containerd.
     """
 
 
-for verb in (mount, umount, status, inspect, index, convert, doctor):
+for verb in (mount, umount, pull, status, inspect, index, convert, simulate, containerd_config, doctor):
     cli.add_command(verb)
 
 

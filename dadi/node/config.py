@@ -45,6 +45,21 @@ class StoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = 0
 
 
+class SnapshotterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What containerd talks to; `dadi containerd-config` prints its side of it."""
+
+    enabled: Annotated[bool, described("serve RUN/snapshotter.sock for containerd")] = True
+    sweep: Annotated[
+        float, described("how often what no snapshot needs any more is looked for", SECONDS, at_least=1)
+    ] = 600.0
+    keep_idle: Annotated[
+        float, described("an image on which no container stands stays mounted for so long", SECONDS, at_least=0)
+    ] = 600.0
+    replace_damaged: Annotated[
+        bool, described("true: put a damaged metadata database aside and begin anew, once; then set it back")
+    ] = False
+
+
 class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file."""
 
@@ -59,4 +74,5 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     store: Annotated[StoreConfig, described("the blob store")] = StoreConfig()
     backfill: Annotated[BackfillConfig, described("fetching the rest of an image after its start")] = BackfillConfig()
     read: Annotated[ReadConfig, described("reads of mounted images")] = ReadConfig()
+    snapshotter: Annotated[SnapshotterConfig, described("containerd's snapshotter")] = SnapshotterConfig()
     registry: Annotated[RegistryConfig, described("registries, for the embedded superpeer")] = RegistryConfig()

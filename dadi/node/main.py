@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -12,6 +13,10 @@ from dadi import http, program
 from dadi.node import control
 from dadi.node.config import NodeConfig
 from dadi.node.node import Node
+
+if TYPE_CHECKING:
+    from dadi.snapshotter.service import Serving
+    from dadi.snapshotter.snapshots import Snapshots
 
 log = structlog.get_logger()
 _SWITCH_INTERVAL = 0.0005
@@ -27,13 +32,25 @@ async def serve(config: NodeConfig, stop: asyncio.Event) -> None:
         return
     try:
         runner = await http.serve_unix(control.create(node), str(Path(config.run) / "node.sock"))
+        snapshotter = None
         try:
+            if node.snapshots is not None:
+                snapshotter = await _snapshotter(config, node.snapshots)
             log.info("node is ready", run=config.run, state=config.state, mounts=len(node.mounts.statistics()))
             await stop.wait()
         finally:
+            if snapshotter is not None:
+                await snapshotter.stop()
             await runner.cleanup()
     finally:
         await node.close()
+
+
+async def _snapshotter(config: NodeConfig, snapshots: Snapshots) -> Serving:
+    # Here, since grpc takes its time to be imported, and not every node has a containerd.
+    from dadi.snapshotter.service import serve as serve_snapshots
+
+    return await serve_snapshots(Path(config.run) / "snapshotter.sock", snapshots)
 
 
 async def _started(config: NodeConfig, stop: asyncio.Event) -> Node | None:

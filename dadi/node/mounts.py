@@ -6,6 +6,8 @@
     restore    what is still mounted on local devices is adopted; what is not, or needs our process, is mounted anew
 
 Each mount has a record (`records.py`), written before the mount is reported as made, removed when it is gone.
+
+Longer than most files here: a mount's whole life, whose steps undo each other, is in one place.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ import msgspec
 import structlog
 
 from dadi.blobs.disk import DiskBlobs
-from dadi.errors import Conflict, DadiError, Malformed, NotFound, TooLarge
+from dadi.erofs import writer as erofs
+from dadi.errors import Conflict, DadiError, Malformed, NotFound, TooLarge, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.index import image as image_index
+from dadi.index import layer as layer_index
 from dadi.index.chunks import Blob
 from dadi.index.image import ImageIndex
 from dadi.node import kernel
@@ -113,6 +117,37 @@ class Mounts:
         log.info("mounted", image=answer.reference, directory=directory, state=mount.state)
         yield {"event": "mounted", **self._row(mount)}
 
+    async def ensure(self, answer: ImageAnswer, directory: str, layers: int) -> None:
+        """Have the lowest `layers` layers (0: all) of a resolved image mounted; nothing to do if they are.
+
+        Raises what `mount` raises; Conflict also if something else of ours is mounted there.
+        """
+        directory = await real_path(directory)
+        mount = self._mounts.get(directory)
+        if mount is None:
+            lost = self._lost.get(directory)
+            task = asyncio.create_task(self._again(lost[0]) if lost else self._make(
+                MountRecord(directory, answer, layers=layers)
+            ))  # fmt: skip
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            mount = await asyncio.shield(task)
+            self._on_mount()
+            log.info("mounted", image=answer.reference, directory=directory, layers=layers, state=mount.state)
+        elif (mount.record.answer.index_digest, mount.record.layers) != (answer.index_digest, layers):
+            raise Conflict(f"{mount.record.answer.reference} is mounted at {directory} already")
+        elif not await in_kernel(kernel.is_mounted, directory):
+            raise Conflict(f"{directory} is no longer what was mounted there: it was unmounted by somebody else",
+                           hint=f"`dadi umount --force {directory}`, then try again")  # fmt: skip
+
+    async def _again(self, record: MountRecord) -> Mount:
+        """Mount anew what could not be restored; raise its error if it still cannot be."""
+        if not await self._restore(record):
+            _, why = self._lost[record.directory]
+            raise Unavailable(f"{record.answer.reference} cannot be mounted at {record.directory}: {why}")
+        self._lost.pop(record.directory, None)
+        return self._mounts[record.directory]
+
     def _check_free(self, directory: str) -> None:
         mount = self._mounts.get(directory)
         if mount is not None:
@@ -133,21 +168,43 @@ class Mounts:
         with self._alone(record.directory):
             self._check_free(record.directory)
             with contextlib.ExitStack() as holds:
-                index = await self._fetch(record.answer, holds)
+                index = await self._fetch(record, holds)
                 mount = await self._attach(record, index, holds)
                 mount.holds = holds.pop_all()
                 return mount
 
-    async def _fetch(self, answer: ImageAnswer, holds: contextlib.ExitStack) -> ImageIndex:
+    async def _fetch(self, record: MountRecord, holds: contextlib.ExitStack) -> ImageIndex:
         """Have the image index and all of the metadata here, held: EROFS must never wait for them."""
-        index = await self.index(answer)
+        index = await self.index(record.answer)
+        if record.layers:
+            index = await self._prefix(index, record.layers, holds)
+        await self.hold_metadata(record.answer, index, holds)
+        return index
+
+    async def hold_metadata(self, answer: ImageAnswer, index: ImageIndex, holds: contextlib.ExitStack) -> None:
+        """Have the metadata here, all of it, and hold it and the image index."""
         for digest in (answer.index_digest, index.metadata.digest):
             blob = self._store.find(digest)
             if blob is not None:
                 holds.enter_context(self._store.hold(blob))
         async with self._metadata:
             await self._whole(index.metadata, holds)
-        return index
+
+    async def _prefix(self, index: ImageIndex, layers: int, holds: contextlib.ExitStack) -> ImageIndex:
+        """Return the index of an image that is only the lowest layers of another; its metadata is made here."""
+        lowest = index.layers[:layers]
+        indexes = []
+        for layer in lowest:
+            if not self._store.has(layer.index_digest):
+                await self._store.put(await self._upstream.whole(layer.index_digest, layer.index_size))
+            held = self._store.find(layer.index_digest)
+            if held is not None:
+                holds.enter_context(self._store.hold(held))
+            data = await self._store.get(layer.index_digest)
+            indexes.append(await asyncio.to_thread(layer_index.decode, data))
+        metadata = await asyncio.to_thread(erofs.write, indexes)
+        blob = await self._store.put(metadata.image)
+        return msgspec.structs.replace(index, layers=lowest, metadata=blob, devices=metadata.devices)
 
     async def _attach(self, record: MountRecord, index: ImageIndex, holds: contextlib.ExitStack) -> Mount:
         async with contextlib.AsyncExitStack() as undo:
@@ -259,7 +316,7 @@ class Mounts:
                 if mount is None:
                     with contextlib.ExitStack() as holds:
                         # Before anything is unmounted: what stands there may still be of use.
-                        index = await self._fetch(record.answer, holds)
+                        index = await self._fetch(record, holds)
                         await in_kernel(kernel.umount_all, record.directory)
                         mount = await self._attach(record, index, holds)
                         mount.holds = holds.pop_all()
@@ -286,6 +343,12 @@ class Mounts:
         if not self._store.has(record.answer.index_digest):
             return None
         index = await self.index(record.answer)
+        if record.layers:
+            with contextlib.ExitStack() as holds:
+                index = await self._prefix(index, record.layers, holds)
+        needed = [record.answer.index_digest, index.metadata.digest]
+        if record.layers:
+            needed += [layer.index_digest for layer in index.layers]
         blobs = [index.metadata, *index.device_blobs()]
         if len(blobs) != len(record.devices):
             return None
@@ -300,7 +363,7 @@ class Mounts:
                 undo.push_async_callback(self._devices.release, devices[-1])
             undo.pop_all()
         mount = self._mounts[record.directory] = Mount(record, index, devices)
-        for digest in (record.answer.index_digest, index.metadata.digest):
+        for digest in needed:
             if (held := self._store.find(digest)) is not None:
                 mount.holds.enter_context(self._store.hold(held))
         return mount
@@ -354,6 +417,7 @@ class Mounts:
             "directory": mount.record.directory,
             "state": mount.state,
             "layers": len(index.layers),
+            "index_origin": index.origin,
             "compressed_bytes": index.layers_size,
             "unpacked_bytes": index.unpacked_size,
             "bytes": sum(row["bytes"] for row in rows),

@@ -28,11 +28,13 @@ from dadi.node.backfill import Backfill
 from dadi.node.config import NodeConfig
 from dadi.node.demand import Demand
 from dadi.node.devices import Devices
+from dadi.node.images import NodeImages
 from dadi.node.in_kernel import in_kernel
 from dadi.node.mounts import Mounts
 from dadi.node.records import MountRecords
 from dadi.oci import platforms
 from dadi.peers.superpeer import SuperpeerClient, Upstream
+from dadi.snapshotter.snapshots import Snapshots
 from dadi.wire import Event
 from fuse.session import Session
 from superpeer.app import resolving
@@ -99,6 +101,10 @@ class Node:
             records, store, self.devices, self.upstream, self.fallbacks, self.backfill.wake
         )
 
+        self.images = NodeImages(Path(config.state), store, self.mounts, self.upstream, self.platform,
+                                 young=config.snapshotter.keep_idle)  # fmt: skip
+        self.snapshots: Snapshots | None = None
+
     def _upstream(self) -> Upstream:
         config = self.config
         if config.superpeers:
@@ -127,6 +133,7 @@ class Node:
                 await node.embedded.start()
             await in_kernel(node._mount_fuse)
             await node.mounts.restore()
+            await node._open_snapshots()
             node.backfill.start()
             node._retrying = asyncio.create_task(node.mounts.retry())
         except BaseException:
@@ -134,6 +141,16 @@ class Node:
             raise
         log.info("block reads go", chain=repr(node.chain))
         return node
+
+    async def _open_snapshots(self) -> None:
+        config = self.config.snapshotter
+        if not config.enabled:
+            return
+        await self.images.load()
+        self.snapshots = await Snapshots.open(
+            Path(self.config.state) / "snapshotter", self.images, self.fallbacks,
+            replace_damaged=config.replace_damaged, sweep_every=config.sweep, keep_idle=config.keep_idle,
+        )  # fmt: skip
 
     def _mount_fuse(self) -> None:
         directory = self.session.directory
@@ -146,8 +163,11 @@ class Node:
         if self._retrying:
             self._retrying.cancel()
             await asyncio.gather(self._retrying, return_exceptions=True)
+        if self.snapshots is not None:
+            await self.snapshots.close()
         await self.backfill.close()
         await self.mounts.close(unmount=self.config.unmount_on_stop)
+        self.images.close()
         await self.chain.close()
         await in_kernel(self.session.close)
         await self.upstream.close()
@@ -171,6 +191,7 @@ class Node:
             },
             "sources": self.upstream.statistics(),
             "backfill": self.backfill.statistics(),
+            "snapshots": self.snapshots.statistics() if self.snapshots else None,
             "store": self.store.statistics(),
             "fallbacks": self.fallbacks.statistics(),
         }

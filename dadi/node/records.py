@@ -18,11 +18,15 @@ log = structlog.get_logger()
 
 
 class MountRecord(msgspec.Struct, frozen=True):
-    """What is kept of a mount. `devices`: the loop devices, metadata first, as they were when it was made."""
+    """What is kept of a mount. `devices`: the loop devices, metadata first, as they were when it was made.
+
+    `layers`: how many of the image's lowest layers are mounted; 0 for all.
+    """
 
     directory: str
     answer: ImageAnswer
     devices: tuple[str, ...] = ()
+    layers: int = 0
 
 
 class MountRecords:

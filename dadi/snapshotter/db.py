@@ -327,6 +327,12 @@ class Database:
         with self._transaction() as run:
             return [NotedMount(row[0], row[1], bool(row[2]), bool(row[3])) for row in run(_MOUNTS)]
 
+    def images(self) -> set[str]:
+        """Return the images of all lazy snapshots and mounts: what `LazyImages.keep_only` must keep."""
+        query = "SELECT image FROM snapshots WHERE image IS NOT NULL UNION SELECT image FROM mounts"
+        with self._transaction() as run:
+            return {image for (image,) in run(query)}
+
     # ---- inside of a transaction
 
     def _row(self, run: Callable[..., sqlite3.Cursor], name: str) -> Any:

@@ -49,6 +49,10 @@ class LazyImages(Protocol):
         """Return the bytes on disk of one layer (0: the lowest) of the image. Asked often: no I/O that takes time."""
         ...
 
+    async def keep_only(self, keys: set[str]) -> None:
+        """Forget all other images but those that were resolved a short time ago: their snapshots may be to come."""
+        ...
+
 
 class NoImages:
     """Nothing is lazy: a plain overlay snapshotter."""
@@ -67,3 +71,6 @@ class NoImages:
     async def usage(self, key: str, layer: int) -> int:
         """Return 0."""
         return 0
+
+    async def keep_only(self, keys: set[str]) -> None:
+        """Do nothing."""

@@ -115,6 +115,7 @@ class LazyLayers:
             since = self._idle_since.setdefault(place, self._clock())
             if not mount.wanted or self._clock() - since >= self._keep_idle:
                 await self._release(place)
+        await self.images.keep_only(await self._kept(Database.images))
 
     async def _release(self, place: _Place) -> None:
         async with self._alone[place]:

@@ -40,6 +40,8 @@ class FakeImages:
         """Raised by all methods instead of what they do."""
         self.in_use: set[tuple[str, int]] = set()
         """Cannot be released now."""
+        self.kept: set[str] | None = None
+        """What the last sweep wanted to be kept."""
         self._images: dict[str, list[Layer]] = {}
         self._keys: dict[str, str] = {}
 
@@ -81,6 +83,9 @@ class FakeImages:
     async def usage(self, key: str, layer: int) -> int:
         await self._called("usage")
         return sum(len(content or b"") for content in self._images[key][layer].values())
+
+    async def keep_only(self, keys: set[str]) -> None:
+        self.kept = keys
 
     async def _called(self, name: str) -> None:
         self.calls[name] += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +27,9 @@ class Pull:
 
 
 class Containerd(Process):
-    """containerd on `host`; ended and removed with the lab."""
+    """containerd on `host`; ended and removed with the lab. `snapshotter`: the socket of its proxy plugin `dadi`."""
 
-    def __init__(self, lab: Lab, host: Host, name: str = "containerd") -> None:
+    def __init__(self, lab: Lab, host: Host, name: str = "containerd", *, snapshotter: Path | None = None) -> None:
         self._directory = lab.root / name
         self._directory.mkdir()
         self.socket = self._directory / "sock"  # short: a socket path has at most 107 bytes
@@ -38,6 +39,7 @@ class Containerd(Process):
         config.write_text(
             f'version = 2\nroot = "{self._directory / "root"}"\nstate = "{self._directory / "state"}"\n'
             f'disabled_plugins = {json.dumps(plugins)}\n[grpc]\naddress = "{self.socket}"\n'
+            + (f'[proxy_plugins.dadi]\ntype = "snapshot"\naddress = "{snapshotter}"\n' if snapshotter else "")
         )
         super().__init__(lab, name, ["containerd", "--config", str(config)], host=host)
         self.wait_until(lambda: self.socket.exists() and self.ctr("version", check=False).returncode == 0)
@@ -57,6 +59,12 @@ class Containerd(Process):
         before, start = self.host.traffic(), time.monotonic()
         self.ctr("images", "pull", "--plain-http", "--snapshotter", snapshotter, reference)
         return Pull(time.monotonic() - start, (self.host.traffic() - before).received)
+
+    def run(self, reference: str, name: str, command: Sequence[str], snapshotter: str = "overlayfs") -> str:
+        """Run a container by runc until it ends; return what it printed."""
+        mark = [f"--env={key}={self._lab.environment[key]}" for key in ("DADI_LAB", "DADI_LAB_ROOT")]
+        runc = f"--runc-root={self._lab.root / 'runc'}"
+        return self.ctr("run", "--rm", *mark, runc, "--snapshotter", snapshotter, reference, name, *command).stdout
 
     def mount(self, reference: str, directory: Path, snapshotter: str = "overlayfs") -> None:
         """Mount the unpacked image read-only at `directory`; `unmount` before the lab ends, or let the lab do it."""

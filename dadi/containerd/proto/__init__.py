@@ -1,0 +1,1 @@
+"""containerd's protocol for its clients: the .proto files, and the modules that `make proto` made from them."""

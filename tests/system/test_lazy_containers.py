@@ -1,0 +1,263 @@
+"""Containers by Debian's containerd and runc on lazily pulled images: the real node, registry, FUSE, EROFS.
+
+What lives here: the node as containerd's snapshotter, from `dadi pull` to nothing being left. What never does: the
+snapshotter's own semantics (tests/system/test_snapshotter_containerd.py). Nothing here waits without a time-out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab import images
+from tests.lab.cleanup import Lab, leak_check
+from tests.lab.processes import LabFailed, Node, Process
+from tests.lab.registry import DockerRegistry
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.programs("containerd", "ctr", "runc", "docker-registry", "skopeo"),
+    pytest.mark.timeout(240),
+]
+REPOSITORY = Path(__file__).parents[2]
+TIMEOUT = 60
+WAIT = "import time; open('/tmp/f', 'w').write('written'); time.sleep(1000)"
+NAMESPACE = f"lazy-{os.getpid()}"
+
+
+class Containerd(Process):
+    """containerd with the node's socket as the proxy plugin `dadi`."""
+
+    def __init__(self, lab: Lab, snapshotter: Path) -> None:
+        self._lab = lab
+        self.directory = lab.root / "containerd"
+        self.directory.mkdir(exist_ok=True)
+        self.socket = self.directory / "sock"
+        config = self.directory / "config.toml"
+        config.write_text(
+            f'version = 2\nroot = "{self.directory / "root"}"\nstate = "{self.directory / "state"}"\n'
+            'disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]\n'
+            f'[grpc]\naddress = "{self.socket}"\n'
+            f'[proxy_plugins.dadi]\ntype = "snapshot"\naddress = "{snapshotter}"\n'
+            '[plugins."io.containerd.gc.v1.scheduler"]\nstartup_delay = "10ms"\nschedule_delay = "0ms"\n'
+            "deletion_threshold = 1\n"
+        )
+        super().__init__(lab, "containerd", ["containerd", "--config", str(config)])
+        self.wait_until(lambda: self.socket.exists() and self.ctr("version", check=False).returncode == 0)
+
+    def ctr(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        command = ["ctr", "--address", str(self.socket), "--namespace", NAMESPACE, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=self._lab.environment,
+                              timeout=TIMEOUT, stdin=subprocess.DEVNULL)  # fmt: skip
+        if check and done.returncode != 0:
+            raise LabFailed(f"ctr {' '.join(arguments)}: {done.stderr.strip()}\n{self.tail()}")
+        return done
+
+
+class Machine:
+    """A registry with one image, a node, and containerd that uses it."""
+
+    def __init__(self, lab: Lab, registry: DockerRegistry, backfill: bool = True) -> None:
+        """Without `backfill` the node has a superpeer, and takes from it only what is read."""
+        self.lab = lab
+        self.registry = registry
+        self.image = images.host_python()
+        self.reference = f"{registry.host}/host/python:latest"
+        self._superpeers = [] if backfill else [self._superpeer()]
+        self.node = self._node()
+        self.containerd = Containerd(lab, self.node.socket.parent / "snapshotter.sock")
+
+    def _superpeer(self) -> str:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        file = self.lab.root / "superpeer.toml"
+        file.write_text(
+            f'listen = "127.0.0.1:{port}"\nstate = "{self.lab.root / "superpeer"}"\nlog_json = true\n'
+            f'[registry]\nallowed = ["{self.registry.host}"]\nplain_http = ["{self.registry.host}"]\n'
+        )
+        process = Process(self.lab, "superpeer", [sys.executable, "-m", "superpeer", "--config", str(file)])
+
+        def answers() -> bool:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                return True
+            return False
+
+        process.wait_until(answers)
+        return f"http://127.0.0.1:{port}"
+
+    def _node(self) -> Node:
+        host = self.registry.host
+        sections = (
+            f'[registry]\nallowed = ["{host}"]\nplain_http = ["{host}"]\n[snapshotter]\nsweep = 1\nkeep_idle = 0\n'
+            f"[backfill]\nenabled = {str(not self._superpeers).lower()}\nquiet = 0.5\n"
+        )
+        return Node(self.lab, None, self._superpeers, sections=sections)
+
+    def pull(self) -> str:
+        command = [sys.executable, "-m", "dadi.cli", "pull", self.reference, "--namespace", NAMESPACE,
+                   "--containerd-address", str(self.containerd.socket), "--plain-http", "--json"]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT,
+                              env={**self.lab.environment, "PYTHONPATH": str(REPOSITORY)})  # fmt: skip
+        if done.returncode != 0:
+            raise LabFailed(f"dadi pull: {done.stderr}\n{self.node.tail()}\n{self.containerd.tail()}")
+        return done.stdout
+
+    def run(self, name: str, *command: str) -> str:
+        """Run a container; with a command in the foreground, without one it waits."""
+        mark = [f"--env={key}={self.lab.environment[key]}" for key in ("DADI_LAB", "DADI_LAB_ROOT")]
+        how = ["--rm"] if command else ["--detach", "--null-io"]
+        told = command or (self.image.command[0], "-c", WAIT)
+        return self.containerd.ctr("run", *how, *mark, f"--runc-root={self.lab.root / 'runc'}", "--snapshotter", "dadi",
+                                   self.reference, name, *told).stdout  # fmt: skip
+
+    def end(self, name: str) -> None:
+        self.containerd.ctr("task", "rm", "--force", name)
+        self.containerd.ctr("container", "rm", name)
+
+    def mounts(self) -> list[str]:
+        """Return where our EROFS images are mounted, as the kernel says."""
+        lines = Path("/proc/mounts").read_text().splitlines()
+        return [line.split()[1] for line in lines if " erofs " in line and str(self.lab.root) in line]
+
+    def start_node_again(self) -> None:
+        self.node = self._node()
+        wait_until(lambda: self.containerd.ctr("snapshots", "--snapshotter", "dadi", "ls", check=False).returncode == 0)
+
+    def remove_image(self) -> None:
+        self.containerd.ctr("image", "rm", "--sync", self.reference)
+        self.containerd.ctr("leases", "create", "--id", "collect")
+        self.containerd.ctr("leases", "delete", "--sync", "collect")
+
+
+def wait_until(true: Callable[[], bool], seconds: float = TIMEOUT) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline:
+            raise AssertionError("it did not come true in time")
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    base = Path(tempfile.gettempdir()) / f"lc{os.getpid()}"
+    base.mkdir()
+    try:
+        with leak_check(base) as leaks, Lab("s", base) as lab:
+            yield lab
+        assert leaks.found == []
+    finally:
+        base.rmdir()
+        for cgroup in sorted(Path("/sys/fs/cgroup").glob(f"**/{NAMESPACE}/**"), reverse=True):
+            with contextlib.suppress(OSError):
+                cgroup.rmdir()
+
+
+@pytest.fixture
+def registry(lab: Lab) -> Iterator[DockerRegistry]:
+    with DockerRegistry(lab.root / "registry", environment=lab.environment) as registry:
+        images.host_python().push(f"{registry.host}/host/python:latest")
+        yield registry
+
+
+def test_containers_run_from_a_lazily_pulled_image_and_nothing_is_left_of_it(
+    lab: Lab, registry: DockerRegistry
+) -> None:
+    machine = Machine(lab, registry, backfill=False)
+    told = json.loads(machine.pull())
+    assert {layer["how"] for layer in told["layers"]} == {"lazy"}
+    assert machine.node.status()["snapshots"]["layers"] == {"lazy": len(machine.image.layers), "ordinary": 0}
+    assert machine.mounts() == [], "nothing runs yet"
+
+    said = machine.run("once", "sh", "-c", "cat /etc/passwd; ls /var/log /etc")
+    assert "/app" in said
+    assert "second" in said
+    assert "first" not in said, "hidden by the layer above"
+    assert "old.conf" not in said, "deleted by the layer above"
+
+    names = [f"c{number}" for number in range(5)]
+    for name in names:
+        machine.run(name)
+    assert len(machine.mounts()) == 1, "one EROFS for all containers, whatever the number of layers"
+    mounts = machine.node.status()["mounts"]
+    assert [mount["state"] for mount in mounts] == ["lazy"]
+    assert mounts[0]["bytes_present"] < mounts[0]["bytes"]
+
+    change = "import os; open('/etc/passwd', 'w').write('new\\n'); [os.unlink('/app/' + n) for n in os.listdir('/app')]"
+    machine.containerd.ctr("task", "exec", "--exec-id", "e1", "c0", machine.image.command[0], "-c", change)
+    assert machine.containerd.ctr("task", "exec", "--exec-id", "e2", "c1", "cat", "/tmp/f").stdout == "written"
+    assert "new" not in machine.containerd.ctr("task", "exec", "--exec-id", "e3", "c1", "cat", "/etc/passwd").stdout
+
+    # An ordinary layer on top of lazy ones: what was deleted stays deleted.
+    machine.containerd.ctr("task", "rm", "--force", "c0")
+    machine.containerd.ctr("snapshots", "--snapshotter", "dadi", "commit", "mine", "c0")
+    (lab.root / "out").mkdir()
+    machine.containerd.ctr("snapshots", "--snapshotter", "dadi", "view", "look", "mine")
+    command = machine.containerd.ctr("snapshots", "--snapshotter", "dadi", "mounts", str(lab.root / "out"), "look")
+    subprocess.run(["sh", "-c", command.stdout], check=True, timeout=TIMEOUT)
+    try:
+        assert (lab.root / "out/etc/passwd").read_text() == "new\n"
+        assert list((lab.root / "out/app").iterdir()) == []
+        assert (lab.root / "out/var/log/second").exists()
+    finally:
+        subprocess.run(["umount", lab.root / "out"], check=True, timeout=TIMEOUT)
+    for name in ("look", "mine"):
+        machine.containerd.ctr("snapshots", "--snapshotter", "dadi", "rm", name)
+    machine.containerd.ctr("container", "rm", "c0")
+    for name in names[1:]:
+        machine.end(name)
+
+    machine.remove_image()
+    wait_until(lambda: machine.mounts() == [])
+    wait_until(lambda: list((machine.node.state / "images").iterdir()) == [])
+    status = machine.node.status()
+    assert status["mounts"] == []
+    assert list((machine.node.state / "snapshotter/images").iterdir()) == []
+    assert list((machine.node.state / "snapshotter/snapshots").iterdir()) == []
+    assert list((machine.node.state / "mounts").iterdir()) == []
+    assert [row for row in status["fallbacks"] if row["kind"] == "layer not lazy"] == []
+
+
+def test_local_images_and_their_containers_live_through_restarts_without_the_registry(
+    lab: Lab, registry: DockerRegistry
+) -> None:
+    machine = Machine(lab, registry)
+    machine.pull()
+    machine.run("c1")
+    wait_until(lambda: [mount["state"] for mount in machine.node.status()["mounts"]] == ["local"])
+    before = machine.mounts()
+    registry.stop()
+
+    assert machine.node.stop() == 0
+    assert machine.containerd.ctr("task", "exec", "--exec-id", "e1", "c1", "cat", "/var/log/second").returncode == 0
+    machine.start_node_again()
+    assert machine.mounts() == before, "found again, not made twice"
+    assert machine.run("c2", "cat", "/var/log/second") == "in a fresh directory\n"
+
+    machine.node.kill()
+    assert machine.containerd.ctr("task", "exec", "--exec-id", "e2", "c1", "cat", "/tmp/f").stdout == "written"
+    machine.start_node_again()
+    assert machine.mounts() == before
+    machine.containerd.stop()
+    machine.containerd = Containerd(lab, machine.node.socket.parent / "snapshotter.sock")
+    assert machine.containerd.ctr("task", "exec", "--exec-id", "e3", "c1", "cat", "/tmp/f").stdout == "written"
+    machine.end("c1")
+
+    # As after a reboot: nothing is mounted, the bytes are here, the registry is not.
+    machine.node.stop()
+    for directory in machine.mounts():
+        subprocess.run(["umount", directory], check=True, timeout=TIMEOUT)
+    machine.start_node_again()
+    assert machine.run("c3", "cat", "/var/log/second") == "in a fresh directory\n"
+    machine.remove_image()
+    wait_until(lambda: machine.mounts() == [])
