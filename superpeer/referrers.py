@@ -1,39 +1,58 @@
 """The index that `dadi index` or `dadi convert` has put beside an image: found, checked, brought into the store.
 
-    1. the registry's referrers of the image's manifest, of our artifact type
-    2. the first that can be used: known version, not refused before, subject the manifest that was asked for, our chunk
-       size, signed by a trusted key where the configuration has any, an index and a seek table for each layer
+    1. the registry's referrers of the image's manifest, of our artifact type; whoever may push can add some
+    2. the first that can be used, the newest first: known version, not refused before, subject the manifest that was
+       asked for, our chunk size, signed by a trusted key where the configuration has any, an index and a seek table for
+       each layer
     3. for each layer both blobs, verified by their digests, checked against each other and against the image
 
 Whatever is wrong with an artifact is a fallback that says so; the image is then indexed on first sight. What an index
-says of the bytes themselves is verified as they come (`ranged.py`).
+says of the bytes themselves is verified as they come (`ranged.py`). Indexes may be made to fill our memory: all that an
+image has share one `Room`, and what is large, packed or unpacked, is in memory one at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Container, Sequence
+from contextlib import AbstractAsyncContextManager
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from dadi.blobs.disk import DiskBlobs
-from dadi.errors import AccessDenied, DadiError, Malformed, StoreFull, Unavailable
+from dadi.errors import AccessDenied, DadiError, Malformed, StoreFull, TooLarge, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.index import artifact as artifacts
 from dadi.index import seek, signature
 from dadi.index.artifact import Artifact
 from dadi.index.image import CONVERTED, REFERRER, ImageLayer
-from dadi.index.layer import LayerIndex
+from dadi.index.layer import LayerIndex, Room
+from dadi.index.seek import SeekTable
 from dadi.oci import manifest as manifests
 from dadi.oci.manifest import Descriptor, Manifest
 from dadi.oci.reference import Reference
 from dadi.oci.registry import RegistryClient, ResolvedImage
 from superpeer.refused import Refused
 
-_MOST = 16
-"""Artifacts, and signatures of one, that are looked at."""
+_MOST = 512
+"""Artifacts and signatures that are read for one image. More are junk, and each costs a request or two."""
 _PARALLEL = 8
+_LARGE = 16 << 20
+"""Bytes of a layer's index and seek table, packed, that are not brought in parallel."""
+
+
+class _Looks:
+    """How many more documents may be read to find an image's index."""
+
+    def __init__(self) -> None:
+        self.left = _MOST
+
+    def take(self) -> None:
+        if not self.left:
+            raise TooLarge(f"more than {_MOST} artifacts and signatures", hint="delete those that nobody needs")
+        self.left -= 1
 
 
 class Accepted(msgspec.Struct, frozen=True):
@@ -42,6 +61,8 @@ class Accepted(msgspec.Struct, frozen=True):
     digest: str
     artifact: Artifact
     signer: str
+    room: Room = msgspec.field(default_factory=Room)
+    """What the indexes of the image's layers may cost together."""
 
     @property
     def origin(self) -> str:
@@ -62,25 +83,38 @@ class Referrers:
         self._chunk_size = chunk_size
         self._fallbacks = fallbacks
         self._slots = asyncio.Semaphore(_PARALLEL)
+        self._large = asyncio.Lock()
+        self._unpacking = asyncio.Lock()
 
-    async def find(self, reference: Reference, resolved: ResolvedImage) -> Accepted | None:
-        """Return the index to use for an image; None if there is none that can be used."""
+    async def find(
+        self, reference: Reference, resolved: ResolvedImage, without: Container[str] = ()
+    ) -> Accepted | None:
+        """Return the index to use for an image; None if there is none that can be used.
+
+        `without`: digests of artifacts that turned out to be of no use.
+        """
         try:
             found = await self._registry.referrers(reference, resolved.descriptor.digest)
         except DadiError as error:
             self._fallbacks.note("referrers could not be read", f"{reference}: {error.message}")
             return None
-        for entry in [item for item in found if artifacts.is_index(item.artifact_type)][:_MOST]:
+        entries = [item for item in found if artifacts.is_index(item.artifact_type) and item.digest not in without]
+        looks = _Looks()
+        for entry in reversed(entries):  # registries and clients add at the end
             try:
-                return await self._accept(reference, resolved, entry)
+                return await self._accept(reference, resolved, entry, looks)
             except DadiError as error:
                 self._fallbacks.note("index in the registry not used", f"{reference}, {entry.digest}: {error.message}")
+            if not looks.left:
+                break
         return None
 
-    async def _accept(self, reference: Reference, resolved: ResolvedImage, entry: Descriptor) -> Accepted:
+    async def _accept(self, reference: Reference, resolved: ResolvedImage, entry: Descriptor,
+                      looks: _Looks) -> Accepted:  # fmt: skip
         self._refused.check(entry.digest)
         if entry.artifact_type != artifacts.ARTIFACT_TYPE:
             artifacts.decode(Manifest("", entry, (), artifact_type=entry.artifact_type))  # says which version it is
+        looks.take()
         artifact = artifacts.decode(await self._manifest(reference, entry.digest))
         subject, wanted = artifact.subject, resolved.descriptor
         if (subject.digest, subject.size) != (wanted.digest, wanted.size):
@@ -91,7 +125,7 @@ class Referrers:
             item = artifact.layer(layer.digest)
             if item is None or item.diff_id != diff_id:
                 raise Malformed(f"it has no index of layer {layer.digest} with diff ID {diff_id}")
-        signer = await self._signer(reference, entry.digest) if self.keys else ""
+        signer = await self._signer(reference, entry.digest, looks) if self.keys else ""
         return Accepted(entry.digest, artifact, signer)
 
     async def _manifest(self, reference: Reference, digest: str) -> Manifest:
@@ -101,18 +135,29 @@ class Referrers:
             raise Malformed(f"{digest} is an index of manifests, not an artifact")
         return document
 
-    async def _signer(self, reference: Reference, digest: str) -> str:
+    async def _signer(self, reference: Reference, digest: str, looks: _Looks) -> str:
         """Return the ID of the trusted key that signed an artifact; raise AccessDenied if none did."""
-        for entry in (await self._registry.referrers(reference, digest, artifacts.SIGNATURE_TYPE))[:_MOST]:
-            document = await self._manifest(reference, entry.digest)
-            if document.subject is None or document.subject.digest != digest:
+        away: DadiError | None = None
+        for entry in reversed(await self._registry.referrers(reference, digest, artifacts.SIGNATURE_TYPE)):
+            looks.take()
+            try:
+                signer = await self._signer_of(reference, digest, entry)
+            except DadiError as error:
+                # Junk that somebody has put beside the valid one; or we cannot know now what it is.
+                away = error if error.retryable else away
                 continue
-            held = artifacts.decode_signature(document)
-            signed = await self._registry.blob_bytes(reference, held, signature.SIZE)
-            signer = signature.signer(self.keys, digest, signed)
             if signer is not None:
                 return signer
-        raise AccessDenied("no trusted key has signed it", hint="see indexing.trusted_keys")
+        raise away or AccessDenied("no trusted key has signed it", hint="see indexing.trusted_keys")
+
+    async def _signer_of(self, reference: Reference, digest: str, entry: Descriptor) -> str | None:
+        """Return the ID of the trusted key that made one signature; None if none did."""
+        document = await self._manifest(reference, entry.digest)
+        if document.subject is None or document.subject.digest != digest:
+            return None
+        held = artifacts.decode_signature(document)
+        signed = await self._registry.blob_bytes(reference, held, signature.SIZE)
+        return signature.signer(self.keys, digest, signed)
 
     async def layer(self, reference: Reference, accepted: Accepted, descriptor: Descriptor,
                     diff_id: str) -> tuple[LayerIndex, ImageLayer]:  # fmt: skip
@@ -122,18 +167,25 @@ class Referrers:
         """
         item = accepted.artifact.layer(descriptor.digest)
         assert item is not None  # `_accept` has looked
-        async with self._slots:
+        large = item.index.size + item.seek.size > _LARGE
+        alone: AbstractAsyncContextManager[None] = self._large if large else contextlib.nullcontext()
+        async with alone, self._slots:
             blob = await self._registry.blob_bytes(reference, item.index, artifacts.MAX_INDEX_BLOB)
-            index, encoded = await asyncio.to_thread(artifacts.decode_layer, blob)
-            del blob
             raw = await self._registry.blob_bytes(reference, item.seek, seek.MAX_SIZE)
-            table = await asyncio.to_thread(seek.decode, raw)
-            artifacts.check_layer(index, table, descriptor, diff_id, self._chunk_size)
-            index_blob, seek_blob = await self._store.put(encoded), await self._store.put(raw)
+            async with self._unpacking:  # few bytes may become many
+                index, encoded, table = await asyncio.to_thread(_unpacked, blob, raw, accepted.room)
+                artifacts.check_layer(index, table, descriptor, diff_id, self._chunk_size)
+                index_blob, seek_blob = await self._store.put(encoded), await self._store.put(raw)
         return index, ImageLayer(
             descriptor.digest, descriptor.size, descriptor.media_type, diff_id, index.table, index_blob.digest,
             index_blob.size, seek_blob.digest, seek_blob.size, len(table.points),
         )  # fmt: skip
+
+
+def _unpacked(index: bytes, table: bytes, room: Room) -> tuple[LayerIndex, bytes, SeekTable]:
+    """Return the layer index, its encoding, and the seek table. For threads."""
+    decoded, encoded = artifacts.decode_layer(index, room)
+    return decoded, encoded, seek.decode(table)
 
 
 def is_final(error: DadiError) -> bool:

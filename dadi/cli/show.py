@@ -107,8 +107,8 @@ def duration(seconds: float) -> str:
 class Transfer(Reporting):
     """The progress of reading and pushing layers: bytes, layers, rate, time left.
 
-    A live line on a terminal; elsewhere plain lines, one a layer and one every `_EVERY` seconds at most. All of it goes
-    to standard error. With `quiet` only notices are shown.
+    One line a stage and a layer; below these a live one on a terminal, elsewhere one every `_EVERY` seconds at most.
+    All of it goes to standard error. With `quiet` only notices are shown.
     """
 
     _EVERY = 5.0
@@ -125,8 +125,8 @@ class Transfer(Reporting):
             from rich.console import Console
             from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-            self._progress = Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(),
-                                      TextColumn("{task.fields[detail]}"),
+            # What is being done stands above: beside the figures it would push them out of 80 columns.
+            self._progress = Progress(SpinnerColumn(), BarColumn(bar_width=16), TextColumn("{task.fields[detail]}"),
                                       console=Console(stderr=True), transient=True)  # fmt: skip
             self._progress.start()
             self._task = self._progress.add_task(self._what, total=None, detail="")
@@ -144,20 +144,21 @@ class Transfer(Reporting):
 
     def advance(self, size: int) -> None:
         self._done += size
+        self._draw()
+        if self._progress is None and self._clock() - self._said >= self._EVERY:
+            self._line(self._detail())
+
+    def _draw(self) -> None:
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, total=self._size or None, completed=self._done, detail=self._detail())
-        elif self._clock() - self._said >= self._EVERY:
-            self._line(self._detail())
 
     def layer(self, digest: str, text: str) -> None:
         self._layers_done += 1
+        self._draw()
         self._print(f"layer {digest[7:19]}: {text} ({self._layers_done} of {self._layers})")
 
     def stage(self, text: str) -> None:
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, description=f"{self._what}: {text}")
-        else:
-            self._line(text)
+        self._line(text)
 
     def notice(self, text: str) -> None:
         self._print(text, always=True)

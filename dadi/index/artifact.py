@@ -31,7 +31,7 @@ from dadi import digest as digests
 from dadi.errors import DadiError, InvalidRequest, Malformed, TooLarge, Unsupported
 from dadi.index import layer, seek
 from dadi.index.chunks import MAX_CHUNK_SIZE, MIN_CHUNK_SIZE
-from dadi.index.layer import LayerIndex
+from dadi.index.layer import LayerIndex, Room
 from dadi.index.seek import SeekTable
 from dadi.oci import media_types
 from dadi.oci.manifest import Descriptor, Manifest
@@ -52,8 +52,8 @@ EMPTY = b"{}"
 EMPTY_CONFIG = Descriptor(media_types.OCI_EMPTY, digests.of(EMPTY), len(EMPTY))
 MAX_INDEX_BLOB = 128 << 20
 """Bytes of a layer index as it is stored in the registry."""
-MAX_INDEX = 512 << 20
-"""Bytes of a layer index, unpacked: 2 million files with long names."""
+MAX_INDEX = 256 << 20
+"""Bytes of a layer index, unpacked: 2 million files with names of 80 bytes."""
 _LEVEL = 12
 
 
@@ -144,7 +144,12 @@ def _layers(manifest: Manifest) -> list[IndexedLayer]:
 
 
 def index_blob(encoded: bytes) -> bytes:
-    """Return an encoded layer index as it is stored in the registry. Takes long: for threads."""
+    """Return an encoded layer index as it is stored in the registry; raise TooLarge if nobody would take it.
+
+    Takes long: for threads.
+    """
+    if len(encoded) > MAX_INDEX:
+        raise TooLarge(f"a layer index of {len(encoded)} bytes; the limit is {MAX_INDEX}")
     return zstandard.ZstdCompressor(level=_LEVEL, write_checksum=False).compress(encoded)
 
 
@@ -180,10 +185,14 @@ def check_layer(index: LayerIndex, table: SeekTable, wanted: Descriptor, diff_id
                             f"in the seek table, and should be {expected}")  # fmt: skip
 
 
-def decode_layer(blob: bytes) -> tuple[LayerIndex, bytes]:
-    """Return the layer index in a blob of the registry, and its own encoding; raise as `layer.decode` does."""
+def decode_layer(blob: bytes, room: Room | None = None) -> tuple[LayerIndex, bytes]:
+    """Return the layer index in a blob of the registry, and its own encoding; raise as `layer.decode` does.
+
+    Some KiB of a blob may become `MAX_INDEX` bytes and all that `room` has: decode one at a time, of those that are
+    large when unpacked, and give all layers of an image the same room.
+    """
     encoded = encoded_index(blob)
-    return layer.decode(encoded), encoded
+    return layer.decode(encoded, room), encoded
 
 
 # ---- signatures

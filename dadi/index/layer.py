@@ -13,15 +13,21 @@ uncompressed tar*. The same layer always gives the same bytes.
 from __future__ import annotations
 
 import enum
+from typing import Annotated
 
 import msgspec
 
-from dadi.errors import Malformed, Unsupported
+from dadi.errors import Malformed, TooLarge, Unsupported
 from dadi.index.chunks import ChunkTable
 
 MAGIC = b"DADILYR1"
 VERSION = 1
 TAR_BLOCK = 512
+
+MAX_ENTRIES, MAX_METADATA = 2_000_000, 256 << 20
+"""Entries, and bytes of what `Room` counts, unless the caller says otherwise: what `TarLimits` lets into an index."""
+_MAX_ENTRY = 8 << 20  # bytes, encoded; with `TarLimits` an entry has 3 MiB at most
+_ITEM_COST = 64  # as in tar.py
 
 
 class Kind(enum.IntEnum):
@@ -87,8 +93,37 @@ class LayerIndex(msgspec.Struct, frozen=True, array_like=True):
         return f"LayerIndex({self.diff_id[7:19]}, {self.table.size} bytes, {len(self.entries)} entries)"
 
 
+class Room:
+    """How much may still be decoded: `entries`, and `metadata` bytes of names, link targets, attributes and extents.
+
+    Counted as the tar parser does (an attribute as 64 bytes beside its content, an extent as 128). One room for all
+    layers of an image bounds the memory of their indexes together.
+    """
+
+    __slots__ = ("entries", "metadata")
+
+    def __init__(self, entries: int = MAX_ENTRIES, metadata: int = MAX_METADATA) -> None:
+        self.entries = entries
+        self.metadata = metadata
+
+    def __repr__(self) -> str:
+        return f"Room({self.entries} entries, {self.metadata} bytes)"
+
+
+class _Unread(msgspec.Struct, array_like=True):
+    """An index whose entries are counted, and not taken apart yet."""
+
+    version: int
+    layer_digest: str
+    layer_size: int
+    diff_id: str
+    table: ChunkTable
+    entries: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=MAX_ENTRIES)]
+
+
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(LayerIndex)
+_decoder = msgspec.msgpack.Decoder(_Unread)
+_entry_decoder = msgspec.msgpack.Decoder(Entry)
 
 
 def encode(index: LayerIndex) -> bytes:
@@ -96,30 +131,64 @@ def encode(index: LayerIndex) -> bytes:
     return MAGIC + _encoder.encode(index)
 
 
-def decode(data: bytes) -> LayerIndex:
-    """Return the index; raise Malformed for anything `encode` cannot have made, Unsupported for a newer version.
+def decode(data: bytes, room: Room | None = None) -> LayerIndex:
+    """Return the index; raise Malformed for anything `encode` cannot have made, Unsupported for another version.
 
     Checks form and bounds (every file's data lies inside the tar); paths are checked where they are used, by the
-    EROFS tree.
+    EROFS tree. Raises TooLarge if it does not fit `room`, from which it takes what it needs; few bytes may say that
+    there is a lot, so that entries are counted before any is made, and made one by one.
     """
+    room = room or Room()
     if data[: len(MAGIC)] != MAGIC:
         raise Malformed("not a layer index: wrong magic")
     try:
-        index = _decoder.decode(memoryview(data)[len(MAGIC) :])
+        unread = _decoder.decode(memoryview(data)[len(MAGIC) :])
+        if unread.version != VERSION:
+            raise Unsupported(f"a layer index of version {unread.version}; this dadi knows version {VERSION}")
+        unread.table.check()
+        entries = _entries(unread.entries, unread.table.size, room)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise Malformed(f"not a layer index: {error}") from None
-    if index.version != VERSION:
-        raise Unsupported(f"a layer index of version {index.version}; this dadi knows version {VERSION}")
-    index.table.check()
-    end = index.table.size
-    for entry in index.entries:
-        if entry.size < 0 or entry.offset < 0:
+        kind = TooLarge if f"length <= {MAX_ENTRIES}" in str(error) else Malformed
+        raise kind(f"not a layer index: {error}") from None
+    return LayerIndex(VERSION, unread.layer_digest, unread.layer_size, unread.diff_id, unread.table, entries)
+
+
+def _entries(encoded: list[msgspec.Raw], end: int, room: Room) -> tuple[Entry, ...]:
+    """Return the entries, checked; `end`: bytes of the tar."""
+    if len(encoded) > room.entries:
+        raise TooLarge(f"a layer index of {len(encoded)} entries, where {room.entries} are allowed")
+    found: list[Entry] = []
+    left = room.metadata
+    for raw in encoded:
+        if memoryview(raw).nbytes > _MAX_ENTRY:
+            raise TooLarge(f"a layer index with an entry of more than {_MAX_ENTRY} bytes")
+        entry = _entry_decoder.decode(raw)
+        left -= len(entry.path) + len(entry.target)
+        if entry.xattrs:
+            left -= sum(len(name) + len(value) + _ITEM_COST for name, value in entry.xattrs)
+        if entry.extents:
+            left -= 2 * _ITEM_COST * len(entry.extents)
+        if left < 0:
+            raise TooLarge(f"a layer index with names, attributes and extents above {room.metadata} bytes")
+        size, offset = entry.size, entry.offset
+        if size < 0 or offset < 0:
             raise Malformed(f"layer index: {entry.path!r} has a negative size or offset")
-        extents = entry.extents
-        if extents is None and entry.kind is Kind.FILE:
-            extents = (Extent(0, entry.offset, entry.size),)
-        for extent in extents or ():
-            inside = extent.length >= 0 and 0 <= extent.tar_offset <= end - extent.length
-            if not inside or not 0 <= extent.file_offset <= entry.size - extent.length:
-                raise Malformed(f"layer index: the data of {entry.path!r} lies outside of the layer")
-    return index
+        if entry.extents:
+            inside = all(_inside(extent, size, end) for extent in entry.extents)
+        else:
+            inside = entry.extents is not None or entry.kind is not Kind.FILE or offset <= end - size
+        if not inside:
+            raise Malformed(f"layer index: the data of {entry.path!r} lies outside of the layer")
+        found.append(entry)
+    room.entries -= len(found)
+    room.metadata = left
+    return tuple(found)
+
+
+def _inside(extent: Extent, size: int, end: int) -> bool:
+    """Whether the extent lies in its file, of `size` bytes, and in the tar, of `end` bytes."""
+    return (
+        extent.length >= 0
+        and 0 <= extent.tar_offset <= end - extent.length
+        and 0 <= extent.file_offset <= size - extent.length
+    )

@@ -117,7 +117,7 @@ async def _layer(node: Node, index: ImageIndex, number: int, files: bool) -> Asy
         "compressed_bytes": layer.layer_size,
         "diff_id": layer.diff_id,
         "unpacked_bytes": layer.table.size,
-        "files": len(entries),
+        "files": sum(entry.kind is Kind.FILE for entry in entries),
         "chunks": layer.table.count,
         "chunk_size": layer.table.chunk_size,
         "index_bytes": layer.index_size,

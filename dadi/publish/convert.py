@@ -16,6 +16,7 @@ The same input, level and version give the same bytes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -126,7 +127,8 @@ async def _layer(
         try:
             pushed = await target.blob(blob, path, progress)
         finally:
-            await asyncio.to_thread(path.unlink, missing_ok=True)
+            with contextlib.suppress(OSError):  # the workspace goes away as a whole
+                await asyncio.to_thread(path.unlink, missing_ok=True)
         item = await bring_layer(target, made, progress)
     report = LayerReport(
         wanted.digest, blob.digest, diff_id, wanted.size, blob.size, table.size, made.files, table.count, 0,

@@ -142,17 +142,25 @@ class Known:
 
     async def _signed(self, digest: str) -> bool:
         """Whether there is a valid signature by our key."""
-        assert self._key is not None
-        wanted = signature.key_id(self._key)
         for entry in await self._client.referrers(self._reference, digest, artifact.SIGNATURE_TYPE):
-            manifest = await self._manifest(entry)
-            if manifest.annotations.get(artifact.A_KEY) != wanted:
-                continue
-            held = artifact.decode_signature(manifest)
-            data = await self._client.blob_bytes(self._reference, held, signature.SIZE)
-            if signature.signer([self._key], digest, data) is not None:
-                return True
+            try:
+                if await self._is_ours(digest, entry):
+                    return True
+            except DadiError as error:
+                if error.retryable:
+                    raise
+                self._progress.notice(f"the signature {entry.digest} that is there cannot be used: {error}")
         return False
+
+    async def _is_ours(self, digest: str, entry: Descriptor) -> bool:
+        """Whether one signature is valid and by our key."""
+        assert self._key is not None
+        manifest = await self._manifest(entry)
+        if manifest.annotations.get(artifact.A_KEY) != signature.key_id(self._key):
+            return False
+        held = artifact.decode_signature(manifest)
+        data = await self._client.blob_bytes(self._reference, held, signature.SIZE)
+        return signature.signer([self._key], digest, data) is not None
 
     async def _manifest(self, descriptor: Descriptor) -> Manifest:
         _, raw = await self._client.manifest(self._reference, descriptor.digest)

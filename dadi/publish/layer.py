@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from pathlib import Path
@@ -28,10 +29,12 @@ from dadi.oci.manifest import Descriptor
 from dadi.publish.images import Origin
 from dadi.publish.packed import PackedLayer, Packer
 from dadi.publish.progress import Part, Progress
+from dadi.publish.work import opened, temporary
 
 T = TypeVar("T", covariant=True)
 
 _PIECE = 1 << 20
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class Made(msgspec.Struct, frozen=True):
@@ -75,10 +78,11 @@ async def indexed(
 
     index, path, ours = await _first(wanted, origins, progress, once)
     try:
-        made = await asyncio.to_thread(_seekable, path, index, spacing)
+        made = await asyncio.to_thread(_seekable, path, ours, index, spacing)
     finally:
         if ours:
-            await asyncio.to_thread(path.unlink, missing_ok=True)
+            with contextlib.suppress(OSError):  # the workspace goes away as a whole
+                await asyncio.to_thread(path.unlink, missing_ok=True)
     return msgspec.structs.replace(made, seconds=time.monotonic() - begin)
 
 
@@ -91,7 +95,7 @@ async def packed(
 
     async def once(origin: Origin, part: Part) -> tuple[Made, Path]:
         source = LayerSource(wanted.digest, wanted.size, wanted.media_type, diff_id)
-        sink = await asyncio.to_thread(PackedLayer, packer, workspace / wanted.digest[7:])
+        sink = await opened(lambda: PackedLayer(packer, workspace / wanted.digest[7:]))
         try:
             async with contextlib.aclosing(origin.open()) as pieces:
                 index = await build.build(pieces, source, sink, limits=limits, on_progress=part)
@@ -123,7 +127,8 @@ async def _first(wanted: Descriptor, origins: list[Origin], progress: Progress, 
 
 async def _kept(pieces: AsyncIterator[bytes], path: Path) -> AsyncGenerator[bytes, None]:
     """Yield the pieces, joined to larger ones, and write them to a file on the way."""
-    file = await asyncio.to_thread(path.open, "wb")
+    with _kept_in(path):
+        file = await opened(lambda: path.open("wb"))
     held: list[bytes] = []
     size = 0
     try:
@@ -132,26 +137,39 @@ async def _kept(pieces: AsyncIterator[bytes], path: Path) -> AsyncGenerator[byte
             size += len(piece)
             if size >= _PIECE:
                 data, held, size = b"".join(held), [], 0
-                await asyncio.to_thread(_write, file, data)
+                with _kept_in(path):
+                    await asyncio.to_thread(file.write, data)
                 yield data
         data = b"".join(held)
-        await asyncio.to_thread(_write, file, data)
-        await asyncio.to_thread(file.flush)
+        with _kept_in(path):
+            await asyncio.to_thread(_end, file, data)
         yield data
     finally:
-        file.close()
+        # Here, not in a thread: whoever is cancelled twice would leave it open.
+        with contextlib.suppress(OSError):  # it has been told, or nobody needs the file any more
+            file.close()
 
 
-def _write(file: IO[bytes], data: bytes) -> None:
-    try:
-        file.write(data)
-    except OSError as error:
-        raise StoreFull(f"no room for a layer in {file.name}: {error.strerror}", hint="set TMPDIR") from None
+def _end(file: IO[bytes], data: bytes) -> None:
+    file.write(data)
+    file.close()  # what is buffered is written now
 
 
-def _seekable(path: Path, index: LayerIndex, spacing: int | None) -> Made:
+def _kept_in(path: Path) -> contextlib.AbstractContextManager[None]:
+    return temporary(f"no room for a layer in {path}")
+
+
+def _seekable(path: Path, ours: bool, index: LayerIndex, spacing: int | None) -> Made:
+    """Return the layer in a file, temporary (`ours`) or somebody's, with its seek points."""
     options = {} if spacing is None else {"spacing": spacing}
-    return _encoded(index, seek_build.build(path, index, **options))
+    try:
+        table = seek_build.build(path, index, **options)
+    except OSError as error:
+        what = f"the seek points of layer {index.layer_digest} cannot be found: {path}: {error.strerror or error}"
+        if ours or error.errno in _FULL:
+            raise StoreFull(what, hint="set TMPDIR") from None
+        raise NotFound(what) from None
+    return _encoded(index, table)
 
 
 def _encoded(index: LayerIndex, table: SeekTable) -> Made:

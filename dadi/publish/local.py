@@ -25,6 +25,7 @@ from dadi.errors import DadiError, DigestMismatch, NotFound, TooLarge
 from dadi.oci import manifest as manifests
 from dadi.oci import media_types
 from dadi.oci.manifest import MAX_SIZE, Descriptor, Index
+from dadi.publish.work import opened
 
 REF_NAME = "org.opencontainers.image.ref.name"
 _NAMES = (REF_NAME, "io.containerd.image.name")
@@ -122,11 +123,14 @@ def open_layout(directory: Path) -> LocalImages:
 
 async def stream(extent: Extent) -> AsyncGenerator[bytes, None]:
     """Yield the bytes of a blob; NotFound if the file is gone or cut off."""
-    file = await asyncio.to_thread(open_at, extent)
+    file = await opened(lambda: open_at(extent))
     left = extent.size
     try:
         while left:
-            piece = await asyncio.to_thread(file.read, min(left, _PIECE))
+            try:
+                piece = await asyncio.to_thread(file.read, min(left, _PIECE))
+            except OSError as error:
+                raise _unreadable(extent, error) from None
             if not piece:
                 raise NotFound(f"{extent.path} has become shorter")
             left -= len(piece)
@@ -141,8 +145,12 @@ def open_at(extent: Extent) -> IO[bytes]:
         file = extent.path.open("rb", buffering=0)
         file.seek(extent.offset)
     except OSError as error:
-        raise NotFound(f"{extent.path} cannot be read: {error.strerror}") from None
+        raise _unreadable(extent, error) from None
     return file
+
+
+def _unreadable(extent: Extent, error: OSError) -> NotFound:
+    return NotFound(f"{extent.path} cannot be read: {error.strerror or error}")
 
 
 def read_at(extent: Extent, limit: int, what: str) -> bytes:
@@ -150,7 +158,10 @@ def read_at(extent: Extent, limit: int, what: str) -> bytes:
     if extent.size > limit:
         raise TooLarge(f"{what} has {extent.size} bytes; the limit is {limit}")
     with open_at(extent) as file:
-        return os.pread(file.fileno(), extent.size, extent.offset)
+        try:
+            return os.pread(file.fileno(), extent.size, extent.offset)
+        except OSError as error:
+            raise _unreadable(extent, error) from None
 
 
 def layout_in(where: str, find: Find) -> LocalImages:

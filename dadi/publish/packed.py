@@ -12,6 +12,7 @@ Blocks: for threads.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -23,11 +24,11 @@ import msgspec
 import zstandard
 
 from dadi import digest as digests
-from dadi.errors import StoreFull
 from dadi.index import seek
 from dadi.index.chunks import DEFAULT_CHUNK_SIZE, ChunkTable
 from dadi.index.layer import LayerIndex
 from dadi.index.seek import COMPRESSED_CHUNK, Form, SeekPoint, SeekTable
+from dadi.publish.work import temporary
 
 DEFAULT_LEVEL = 9
 MIN_LEVEL, MAX_LEVEL = 1, 19
@@ -68,7 +69,8 @@ class PackedLayer:
     def __init__(self, packer: Packer, path: Path) -> None:
         self.path = path
         self._packer = packer
-        self._file = path.open("wb")
+        with self._kept():
+            self._file = path.open("wb")
         self._parts: list[bytes] = []
         self._held = 0
         self._frames: deque[Future[bytes]] = deque()
@@ -95,7 +97,8 @@ class PackedLayer:
             self._cut()
         while self._frames:
             self._put(self._frames.popleft().result())
-        self._file.close()
+        with self._kept():
+            self._file.close()  # what is buffered is written now
         if self._tail:
             self._digests.append(hashlib.sha256(self._tail).digest())
         digest = digests.from_raw(self._hash.digest())
@@ -109,7 +112,11 @@ class PackedLayer:
         """Let go of the file, and of what was not written."""
         for frame in self._frames:
             frame.cancel()
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _kept(self) -> contextlib.AbstractContextManager[None]:
+        return temporary(f"a packed layer cannot be kept at {self.path}")
 
     def _cut(self) -> None:
         chunk = b"".join(self._parts)
@@ -120,10 +127,8 @@ class PackedLayer:
 
     def _put(self, frame: bytes) -> None:
         self._points.append(SeekPoint(self._size * 8, len(self._points) * DEFAULT_CHUNK_SIZE, False, b""))
-        try:
+        with self._kept():
             self._file.write(frame)
-        except OSError as error:
-            raise StoreFull(f"a packed layer cannot be kept at {self.path}: {error.strerror}") from None
         self._size += len(frame)
         self._hash.update(frame)
         pending = self._tail + frame

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -146,7 +147,7 @@ class LayoutTarget:
         document = index_document.EMPTY
         for entry in self._index().descriptors:
             if name in names_of(entry):
-                document = index_document.parse((self._blobs / entry.digest[7:]).read_bytes())
+                document = self._document(entry.digest)
         raw = document.with_descriptors(
             [*(item for item in document.descriptors if item.digest != referrer.digest), referrer]
         )
@@ -168,8 +169,19 @@ class LayoutTarget:
             return index_document.parse(path.read_bytes())
         except FileNotFoundError:
             return index_document.EMPTY
-        except DadiError as error:
-            raise Malformed(f"{path}: {error.message}", hint="choose another directory") from None
+        except (DadiError, OSError) as error:
+            raise _not_a_layout(path, error) from None
+
+    def _document(self, digest: str) -> IndexDocument:
+        """Return the index that is a blob here, verified."""
+        path = self._blobs / digest.rpartition(":")[2]
+        try:
+            raw = path.read_bytes()
+            if digests.of(raw) != digest:
+                raise Malformed("not what its name says")
+            return index_document.parse(raw)
+        except (DadiError, OSError) as error:
+            raise _not_a_layout(path, error) from None
 
     @property
     def _blobs(self) -> Path:
@@ -177,7 +189,7 @@ class LayoutTarget:
 
     def _blob(self, digest: str, content: Content) -> bool:
         path = self._blobs / digests.parse(digest)[7:]
-        if path.exists():
+        if _holds(path, digest):
             return False
         try:
             self._blobs.mkdir(parents=True, exist_ok=True)
@@ -185,6 +197,15 @@ class LayoutTarget:
         except OSError as error:
             raise _not_written(path, error) from None
         return True
+
+
+def _holds(path: Path, digest: str) -> bool:
+    """Whether a file has the bytes of its digest: a run that was broken off, or a bad disk, may have left others."""
+    try:
+        with path.open("rb") as file:
+            return digests.from_raw(hashlib.file_digest(file, "sha256").digest()) == digest
+    except OSError:
+        return False  # there is none; or what cannot be read cannot be written either, and that is said
 
 
 def _write(path: Path, content: Content) -> None:
@@ -207,6 +228,11 @@ def _write(path: Path, content: Content) -> None:
     finally:
         if part is not None:
             part.unlink(missing_ok=True)
+
+
+def _not_a_layout(path: Path, error: DadiError | OSError) -> DadiError:
+    why = error.message if isinstance(error, DadiError) else error.strerror
+    return Malformed(f"{path}: {why}", hint="choose another directory")
 
 
 def _not_written(path: Path, error: OSError) -> DadiError:

@@ -17,7 +17,7 @@ from dadi.index import artifact as artifacts
 from dadi.index import layer, seek
 from dadi.index.artifact import Artifact, IndexedLayer
 from dadi.index.chunks import ChunkTable, table_of
-from dadi.index.layer import LayerIndex
+from dadi.index.layer import Entry, Kind, LayerIndex, Room
 from dadi.index.seek import COMPRESSED_CHUNK, FIRST, Form, SeekTable
 from dadi.oci import manifest as manifests
 from dadi.oci import media_types
@@ -129,6 +129,31 @@ def test_a_layer_index_is_packed_and_unpacked_and_a_bomb_is_not(monkeypatch: pyt
         artifacts.encoded_index(unsized)
     with pytest.raises(Malformed):
         artifacts.encoded_index(artifacts.index_blob(layer.encode(INDEX)) + b"more")
+
+
+def test_an_index_that_nobody_would_take_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = layer.encode(INDEX)
+    monkeypatch.setattr(artifacts, "MAX_INDEX", len(encoded) - 1)
+    with pytest.raises(TooLarge, match=f"{len(encoded)} bytes"):
+        artifacts.index_blob(encoded)
+
+
+def test_some_hundred_bytes_do_not_become_many_millions_of_entries() -> None:
+    empty, entry = layer.encode(INDEX), msgspec.msgpack.encode([b"a", int(Kind.DIRECTORY)])
+    bomb = zstandard.compress(empty[:-1] + b"\xdd" + (6_000_000).to_bytes(4, "big") + entry * 6_000_000)
+    assert len(bomb) < 4096
+    with pytest.raises(TooLarge):
+        artifacts.decode_layer(bomb)
+
+
+def test_the_layers_of_an_image_may_share_a_room() -> None:
+    index = msgspec.structs.replace(INDEX, entries=tuple(Entry(b"%d" % n, Kind.DIRECTORY) for n in range(10)))
+    blob, room = artifacts.index_blob(layer.encode(index)), Room(25)
+    artifacts.decode_layer(blob, room)
+    artifacts.decode_layer(blob, room)
+    with pytest.raises(TooLarge):
+        artifacts.decode_layer(blob, room)
+    artifacts.decode_layer(blob)
 
 
 @given(st.binary(max_size=200))

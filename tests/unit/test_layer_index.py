@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Callable
+
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dadi import digest as digests
-from dadi.errors import DadiError, Malformed, Unsupported
+from dadi.errors import DadiError, Malformed, TooLarge, Unsupported
 from dadi.index.chunks import ChunkTable
-from dadi.index.layer import MAGIC, VERSION, Entry, Extent, Kind, LayerIndex, decode, encode
+from dadi.index.layer import (
+    MAGIC,
+    MAX_ENTRIES,
+    MAX_METADATA,
+    VERSION,
+    Entry,
+    Extent,
+    Kind,
+    LayerIndex,
+    Room,
+    decode,
+    encode,
+)
+from dadi.index.tar import TarLimits
+from tests.fakes import tars
 
 TABLE = ChunkTable(1 << 20, 4096, bytes(256 * 32))
 DIGEST = digests.of(b"")
@@ -124,3 +141,105 @@ def test_a_table_that_does_not_fit_is_malformed() -> None:
 
 def test_it_says_what_it_is() -> None:
     assert repr(index_of()) == f"LayerIndex({DIGEST[7:19]}, 1048576 bytes, 0 entries)"
+
+
+# ---- what it may cost
+
+
+def of_wire(count: int, entry: bytes) -> bytes:
+    """An index of that many times the same encoded entry; few bytes, once they are packed."""
+    empty = encode(index_of())
+    assert empty.endswith(b"\x90")
+    return empty[:-1] + b"\xdd" + count.to_bytes(4, "big") + entry * count
+
+
+SMALLEST = msgspec.msgpack.encode([b"a", int(Kind.DIRECTORY)])
+XATTRS = msgspec.msgpack.encode(Entry(b"a", Kind.DIRECTORY, xattrs=((b"ab", b"cd"),) * 1000))
+EXTENTS = msgspec.msgpack.encode(Entry(b"a", Kind.FILE, size=9, extents=(Extent(0, 0, 0),) * 1000))
+NAME = msgspec.msgpack.encode(Entry(b"n" * 100_000, Kind.DIRECTORY))
+
+
+def test_the_limits_are_those_of_the_tar_parser() -> None:
+    assert TarLimits() == TarLimits(max_entries=MAX_ENTRIES, max_metadata_size=MAX_METADATA)
+    assert (Room().entries, Room().metadata) == (MAX_ENTRIES, MAX_METADATA)
+
+
+@pytest.mark.parametrize(
+    ("count", "entry", "room"),
+    [
+        (MAX_ENTRIES + 1, SMALLEST, Room()),
+        (4 * MAX_ENTRIES, SMALLEST, Room()),
+        (100_000, SMALLEST, Room(99_999)),
+        (400, XATTRS, Room(metadata=8 << 20)),
+        (1000, EXTENTS, Room(metadata=8 << 20)),
+        (100, NAME, Room(metadata=8 << 20)),
+        (1, msgspec.msgpack.encode(Entry(b"a", Kind.FILE, size=9, extents=(Extent(0, 0, 0),) * 2_200_000)), Room()),
+        (1, msgspec.msgpack.encode(Entry(b"a", Kind.FIFO, xattrs=((b"ab", b"cd"),) * 1_200_000)), Room()),
+    ],
+    ids=["entries", "many entries", "entries left", "xattrs", "extents", "names", "one's extents", "one's xattrs"],
+)
+def test_an_index_above_its_room_is_refused_before_its_memory_is_taken(count: int, entry: bytes, room: Room) -> None:
+    data = of_wire(count, entry)
+    tracemalloc.start()
+    try:
+        with pytest.raises(TooLarge):
+            decode(data, room)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 32 << 20
+
+
+@pytest.mark.parametrize(
+    ("entry", "cost"),
+    [(XATTRS, 68_001), (EXTENTS, 128_001), (NAME, 100_000), (SMALLEST, 210)],
+    ids=["xattrs", "extents", "name", "smallest"],
+)
+def test_what_fits_costs_memory_in_proportion_to_the_room(entry: bytes, cost: int) -> None:
+    room = Room(40_000, 8 << 20)
+    data = of_wire((8 << 20) // cost, entry)
+    tracemalloc.start()
+    try:
+        index = decode(data, room)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(index.entries) > 60
+    assert peak < 3 * (8 << 20)
+
+
+def test_layers_share_a_room_and_a_refusal_says_what_is_left() -> None:
+    room = Room(5, 100)
+    decode(encode(index_of(Entry(b"a" * 30, Kind.DIRECTORY), Entry(b"b" * 30, Kind.DIRECTORY))), room)
+    assert (room.entries, room.metadata) == (3, 40)
+    with pytest.raises(TooLarge, match="above 40 bytes"):
+        decode(encode(index_of(Entry(b"c" * 41, Kind.DIRECTORY))), room)
+    with pytest.raises(TooLarge, match="4 entries, where 3"):
+        decode(encode(index_of(*[Entry(b"d", Kind.DIRECTORY)] * 4)), room)
+
+
+MEMBERS = {
+    "names": tars.member(b"n" * 90) + tars.member(b"l", type=b"2", link=b"t" * 70),
+    "xattrs": tars.pax((b"SCHILY.xattr.user.a", b"v" * 50), (b"SCHILY.xattr.user.b", b"")) + tars.member(b"f"),
+    "extents": tars.sparse_01([(0, 512), (1024, 512), (4096, 512)], 8192),
+}
+
+
+@pytest.mark.parametrize("kind", MEMBERS)
+def test_whatever_the_tar_parser_takes_is_taken_and_no_more(kind: str) -> None:
+    """The two count alike, byte for byte."""
+    tar = MEMBERS[kind] + tars.END
+    taken = fewest(lambda size: tars.parse(tar, limits=TarLimits(max_metadata_size=size)))
+    data = encode(index_of(*tars.parse(tar)))
+    assert fewest(lambda size: decode(data, Room(metadata=size))) == taken > 50
+
+
+def fewest(read: Callable[[int], object]) -> int:
+    """Return the least size with which nothing is too large."""
+    for size in range(2000):
+        try:
+            read(size)
+        except TooLarge:
+            continue
+        return size
+    raise AssertionError

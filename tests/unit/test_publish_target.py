@@ -40,6 +40,39 @@ async def test_a_blob_is_written_once_from_bytes_or_from_a_file(tmp_path: Path) 
     assert {path.read_bytes() for path in (tmp_path / "out/blobs/sha256").iterdir()} == {b"data", b"file"}
 
 
+@pytest.mark.parametrize("there", [b"", b"dat", b"dataX", b"DATA"])
+async def test_a_blob_that_is_there_with_other_bytes_is_written_anew(tmp_path: Path, there: bytes) -> None:
+    """A run that was broken off, or a bad disk: what has the name of the digest need not have its bytes."""
+    target, path = LayoutTarget(tmp_path), tmp_path / "blobs/sha256" / blob(b"data").digest[7:]
+    path.parent.mkdir(parents=True)
+    path.write_bytes(there)
+    assert await target.blob(blob(b"data"), b"data", Progress())
+    assert path.read_bytes() == b"data"
+    assert not await target.blob(blob(b"data"), b"data", Progress())
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("damage", ["gone", "other"])
+async def test_a_list_of_referrers_that_is_not_what_its_name_says_is_left_alone(tmp_path: Path, damage: str) -> None:
+    target = LayoutTarget(tmp_path)
+    await target.referrer(b"one", SUBJECT, KIND, "index")
+    name = fallback_tag(SUBJECT.digest)
+    (listed,) = [e for e in entries(tmp_path) if e["annotations"]["org.opencontainers.image.ref.name"] == name]
+    path = tmp_path / "blobs/sha256" / listed["digest"][7:]
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes().replace(b"one", b"") + b" ")
+    with pytest.raises(Malformed, match="choose another directory"):
+        await target.referrer(b"two", SUBJECT, KIND, "index")
+
+
+async def test_a_directory_in_the_place_of_index_json_is_said(tmp_path: Path) -> None:
+    (tmp_path / "index.json").mkdir()
+    with pytest.raises(Malformed, match=r"index\.json.*choose another directory"):
+        await LayoutTarget(tmp_path).manifest(b"raw", media_types.OCI_MANIFEST, tagged=True)
+
+
 async def test_a_tagged_manifest_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
     for tag, raw in (("a", b"1"), ("b", b"2"), ("a", b"3")):
         await LayoutTarget(tmp_path, tag).manifest(raw, media_types.OCI_MANIFEST, tagged=True)
