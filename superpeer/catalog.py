@@ -87,9 +87,15 @@ class Catalog:
         """Return the seconds since the registry was asked."""
         return max(0.0, self._clock() - record.resolved_at)
 
-    def by_manifest(self, manifest_digest: str) -> ImageRecord | None:
-        """Return any record of this very image, under whatever name."""
-        return next((r for r in self._records.values() if r.manifest_digest == manifest_digest), None)
+    def by_manifest(self, manifest_digest: str, repository: str) -> ImageRecord | None:
+        """Return a record of this very image whose index may speak for it in `repository` (host and name)."""
+        records = (r for r in self._records.values() if r.manifest_digest == manifest_digest)
+        return next((record for record in records if self._may_speak(record, repository)), None)
+
+    def _may_speak(self, record: ImageRecord, repository: str) -> bool:
+        index = self._images[record.index_digest]
+        here = Reference.parse(record.reference).name == repository
+        return here or not index.artifact or all(map(self._is_proven, index.layers))
 
     def image(self, record: ImageRecord) -> ImageIndex:
         """Return the record's image index."""
@@ -111,15 +117,15 @@ class Catalog:
         """Remember that all of a layer was checked against its index."""
         self._proven.add(layer.found_index)
 
-    async def withdraw(self, layer: ImageLayer) -> list[tuple[ImageRecord, str]]:
-        """Forget the images that use a layer's index; return their records, and the artifacts they came from."""
+    async def withdraw(self, layer: ImageLayer) -> list[tuple[ImageRecord, ImageIndex]]:
+        """Forget the images that use a layer's index; return their records and indexes."""
         found = [
-            (record, self._images[record.index_digest].artifact)
+            (record, self._images[record.index_digest])
             for record in self._records.values()
             if any(_is_found(other, layer) for other in self._images[record.index_digest].layers)
         ]
         for record, _ in found:
-            await self._forget(record)
+            await self.forget(record)
         return found
 
     def records(self) -> list[ImageRecord]:
@@ -154,7 +160,7 @@ class Catalog:
         await self._remember(record)
         await self._write(record)
         while len(self._records) > self._most:
-            await self._forget(min(self._records.values(), key=lambda r: r.resolved_at))
+            await self.forget(min(self._records.values(), key=lambda r: r.resolved_at))
         return record
 
     async def _remember(self, record: ImageRecord) -> None:
@@ -175,14 +181,21 @@ class Catalog:
         self._learn(record.reference, index)
         self._records[record.reference, record.platform] = record
 
-    async def _forget(self, record: ImageRecord) -> None:
-        """Drop a record; with the last one of an image, let go of its index and metadata."""
-        del self._records[record.reference, record.platform]
-        await asyncio.to_thread(self._file(record).unlink, missing_ok=True)
-        if any(other.index_digest == record.index_digest for other in self._records.values()):
+    async def forget(self, record: ImageRecord) -> None:
+        """Drop a record, unless it is gone or another one is there; with an image's last one let go of its index."""
+        key = (record.reference, record.platform)
+        if self._records.get(key) is not record:
             return
-        self._held.pop(record.index_digest).close()
-        del self._images[record.index_digest]
+        del self._records[key]
+        if not any(other.index_digest == record.index_digest for other in self._records.values()):
+            self._let_go(record.index_digest)
+        await asyncio.to_thread(self._file(record).unlink, missing_ok=True)
+
+    def _let_go(self, index_digest: str) -> None:
+        held = self._held.pop(index_digest, None)
+        if held is not None:
+            held.close()
+        self._images.pop(index_digest, None)
         self._layers.clear()
         for other in self._records.values():
             self._learn(other.reference, self._images[other.index_digest])
@@ -190,7 +203,8 @@ class Catalog:
     def _learn(self, reference: str, index: ImageIndex) -> None:
         for layer in index.layers:
             known = self._layers.get(layer.diff_id)
-            if known is None or self._is_proven(layer) or not self._is_proven(known[1]):
+            # The first one stays: whoever comes later must not speak for the layers of others.
+            if known is None or (self._is_proven(layer) and not self._is_proven(known[1])):
                 self._layers[layer.diff_id] = (reference, layer)
 
     async def _write(self, record: ImageRecord) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
@@ -18,7 +18,7 @@ import msgspec
 from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.files import RAISE_LIMIT
 from dadi.erofs import writer as erofs
-from dadi.errors import DadiError, NotFound, StoreFull
+from dadi.errors import DadiError, Malformed, NotFound, StoreFull
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
 from dadi.index.image import FIRST_SIGHT, VERSION, ImageIndex, ImageLayer
@@ -30,7 +30,12 @@ from superpeer.catalog import Catalog
 from superpeer.origin import Origin
 from superpeer.referrers import Accepted, Referrers, is_final
 
+Prove = Callable[[str, ImageLayer], Awaitable[bool]]
+"""Checks all of a layer (in whose repository, which) that is here against its index from a registry; False: not all."""
+
 T = TypeVar("T")
+_TRIES = 8
+"""Artifacts of an image whose blobs are tried."""
 
 
 class Progress(msgspec.Struct):
@@ -47,7 +52,8 @@ class Indexer:
     """Makes image indexes. `referrers` is None where the registry's are not to be used."""
 
     def __init__(self, store: DiskBlobs, catalog: Catalog, origin: Origin, referrers: Referrers | None,
-                 fallbacks: Fallbacks) -> None:  # fmt: skip
+                 fallbacks: Fallbacks, prove: Prove) -> None:  # fmt: skip
+        self._prove = prove
         self._store = store
         self._catalog = catalog
         self._origin = origin
@@ -61,8 +67,11 @@ class Indexer:
         """
         if self._referrers is not None:
             progress.stage = "looking for an index"
-            accepted = await self._referrers.find(reference, resolved)
-            if accepted is not None:
+            useless: set[str] = set()
+            for _ in range(_TRIES):  # an artifact whose blobs cannot be used must not hide one whose can
+                accepted = await self._referrers.find(reference, resolved, without=useless)
+                if accepted is None:
+                    break
                 try:
                     return await self._of_artifact(self._referrers, reference, resolved, accepted, progress)
                 except DadiError as error:
@@ -70,7 +79,8 @@ class Indexer:
                         raise
                     why = f"{reference}, {accepted.digest}: {error.message}"
                     self._fallbacks.note("index in the registry not used", why)
-        return await self._on_first_sight(reference, resolved, progress)
+                    useless.add(accepted.digest)
+        return await self.on_first_sight(reference, resolved, progress)
 
     async def _of_artifact(self, referrers: Referrers, reference: Reference, resolved: ResolvedImage,
                            accepted: Accepted, progress: Progress) -> ImageIndex:  # fmt: skip
@@ -81,6 +91,10 @@ class Indexer:
 
         async def fetch(descriptor: Descriptor, diff_id: str) -> tuple[LayerIndex, ImageLayer]:
             found = await referrers.layer(reference, accepted, descriptor, diff_id)
+            known = self._catalog.layer_by_diff_id(diff_id)
+            if known is not None and known[1].table != found[1].table:
+                # Blobs are asked for by their digest: there can be only one table for it, and one of these lies.
+                raise Malformed(f"it contradicts the index that {known[0]} has of layer {descriptor.digest}")
             progress.layers_done += 1
             return found
 
@@ -91,9 +105,8 @@ class Indexer:
             index, origin=accepted.origin, artifact=accepted.digest, signer=accepted.signer
         )
 
-    async def _on_first_sight(
-        self, reference: Reference, resolved: ResolvedImage, progress: Progress
-    ) -> ImageIndex:
+    async def on_first_sight(self, reference: Reference, resolved: ResolvedImage, progress: Progress) -> ImageIndex:
+        """Return the image's index as this superpeer makes it; its layers are in the store then."""
         progress.stage = "indexing layers"
         progress.layers_done = 0
         progress.layers = len(resolved.manifest.layers)
@@ -124,6 +137,9 @@ class Indexer:
 
     async def _layer(self, reference: Reference, descriptor: Descriptor, diff_id: str,
                      progress: Progress, holds: contextlib.ExitStack) -> tuple[LayerIndex, ImageLayer]:  # fmt: skip
+        here = self._catalog.layer_by_diff_id(diff_id)
+        if here is not None and here[1].seek_digest and here[1].layer_digest == descriptor.digest:
+            await self._prove(*here)  # if ranges have brought all of it, it need not be streamed again
         known = self._catalog.proven_layer(descriptor.digest)
         if known is not None and known.diff_id == diff_id and self._store.has(known.index_digest):
             index = await self._origin.known(known.index_digest)

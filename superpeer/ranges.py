@@ -1,13 +1,18 @@
 """A layer in the registry as a source of chunks of its compressed blob, by range requests.
 
-`VerifiedRanges` is what others use: it verifies, and asks the registry itself again where wrong bytes came. A registry
-that does not do ranges is Unsupported: whoever asked streams the whole layer then, instead of having it sent again and
-again for the sake of its parts.
+`VerifiedRanges` verifies, and asks the registry itself again where wrong bytes came. A registry that does not do ranges
+is Unsupported: whoever asked streams the whole layer then, instead of having it sent again and again for the sake of
+its parts. `PackedLayer` is what others use: each byte is fetched once, and kept.
 """
 
 from __future__ import annotations
 
-from dadi.blobs.source import Urgency
+import contextlib
+
+from dadi.blobs.disk import DiskBlobs
+from dadi.blobs.joined import Joined
+from dadi.blobs.kept import Kept
+from dadi.blobs.source import Source, Urgency
 from dadi.blobs.verified import Verified
 from dadi.errors import DigestMismatch, NotFound
 from dadi.fallbacks import Fallbacks
@@ -15,6 +20,10 @@ from dadi.index.chunks import Blob
 from dadi.oci.manifest import Descriptor
 from dadi.oci.reference import Reference
 from dadi.oci.registry import RegistryClient
+
+_LARGEST_REQUEST = 4 << 20
+_PATIENT_REQUEST = 1 << 20
+"""Bytes of a request for nobody: who comes to wait for one of its chunks waits for all of them."""
 
 
 class RegistryRanges:
@@ -60,3 +69,50 @@ class VerifiedRanges(Verified):
             self._fallbacks.note("wrong range, asked the registry itself again", error.message)
             self._ranges.mirrors = False
             return await super().read(blob, chunks, urgency)
+
+
+class Held:
+    """`source`, during whose reads some blobs are not evicted from the store; these outlive the readers (`Joined`)."""
+
+    def __init__(self, source: Source, store: DiskBlobs, *blobs: Blob) -> None:
+        self.source = source
+        self._store = store
+        self._blobs = blobs
+
+    def __repr__(self) -> str:
+        return f"Held({self.source!r})"
+
+    async def read(self, blob: Blob, chunks: range, urgency: Urgency = Urgency.DEMAND) -> list[bytes]:
+        """Return the run. Raises StoreFull."""
+        with contextlib.ExitStack() as holds:
+            for held in self._blobs:
+                await self._store.prepare(held)
+                holds.enter_context(self._store.hold(held))
+            return await self.source.read(blob, chunks, urgency)
+
+
+class PackedLayer:
+    """A layer as the registry has it, for all indexes that say the same of it: `Kept(Joined(Held(Kept(ranges))))`.
+
+    `fetches` is the queue for the registry: demand first, neighbours together. The `Kept` inside of it puts bytes into
+    the store before anybody is told that they have come, so that none is fetched twice. `chunks` answers from the store
+    without a place in the queue. `again` asks the registry whatever the store has. `users` is who uses it, counted by
+    whoever opens and closes it.
+    """
+
+    def __init__(self, store: DiskBlobs, blob: Blob, ranges: RegistryRanges, *, parallel: int,
+                 fallbacks: Fallbacks) -> None:  # fmt: skip
+        self.blob = blob
+        self.ranges = ranges
+        self.users = 0
+        self.again = VerifiedRanges(ranges, fallbacks)
+        fetched = Held(Kept(store, self.again, fallbacks), store, blob)
+        self.fetches = Joined(fetched, parallel=parallel, largest=_LARGEST_REQUEST, patient=_PATIENT_REQUEST)
+        self.chunks = Kept(store, self.fetches, fallbacks)
+
+    def __repr__(self) -> str:
+        return f"PackedLayer({self.chunks!r}, {self.users} users)"
+
+    async def close(self) -> None:
+        """Break off what is under way."""
+        await self.fetches.close()

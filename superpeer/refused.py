@@ -39,7 +39,12 @@ class Refused:
         """Raise DigestMismatch if this artifact has lied before."""
         why = self._why.get(digest)
         if why is not None:
-            raise DigestMismatch(f"it was found to lie: {why}", hint="make it anew with `dadi index --force`")
+            hint = "`dadi index --force` makes an honest one, of another digest"
+            raise DigestMismatch(f"it was found to lie: {why}", hint=hint)
+
+    def has(self, digest: str) -> bool:
+        """Whether this artifact has lied before."""
+        return digest in self._why
 
     async def add(self, digest: str, why: str) -> None:
         """Remember that it lied."""

@@ -15,6 +15,7 @@ and the artifact is never used again.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,12 @@ from dadi.errors import ConfigError, DadiError, NotFound, StoreFull, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.index import build, image, signature
 from dadi.index.chunks import Blob
-from dadi.index.image import ImageLayer
+from dadi.index.image import ImageIndex, ImageLayer
 from dadi.oci import platforms
 from dadi.oci.manifest import Descriptor
 from dadi.oci.platforms import Platform
 from dadi.oci.reference import Reference
-from dadi.oci.registry import RegistryClient
+from dadi.oci.registry import RegistryClient, ResolvedImage
 from superpeer.catalog import Catalog, ImageRecord
 from superpeer.config import SuperpeerConfig
 from superpeer.indexing import Indexer, Progress
@@ -78,12 +79,17 @@ class Superpeer:
             store, self.registry, self._refused, chunk_size=config.indexing.chunk_size, fallbacks=fallbacks
         )
         self._indexer = Indexer(store, self.catalog, self.origin,
-                                self._referrers if config.indexing.use_artifacts else None, fallbacks)  # fmt: skip
+                                self._referrers if config.indexing.use_artifacts else None, fallbacks,
+                                self._prove)  # fmt: skip
         self.lazy = LazyLayers(
             store, self.registry, parallel=config.indexing.parallel_ranges, rest_after=config.indexing.rest_after,
             fallbacks=fallbacks, on_lie=self._lied, on_proven=self.catalog.prove,
         )  # fmt: skip
         self._healing: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._replacing: Counter[str] = Counter()
+        """Diff IDs of layers whose images are being indexed anew."""
+        self._no_room: dict[str, tuple[float, StoreFull]] = {}
+        """Manifests whose layers did not fit, until when that is believed, and what was said."""
         self._full_until = 0.0
         self._resolving: dict[tuple[str, str], Resolving] = {}
 
@@ -95,7 +101,26 @@ class Superpeer:
         self._referrers.keys = await asyncio.to_thread(_keys, self.config.indexing.trusted_keys)
         await self._refused.load()
         await self.catalog.load()
+        for record in self.catalog.records():
+            if not self._may_be_used(self.catalog.image(record)):
+                self.fallbacks.note("index no longer trusted", f"{record.reference}: made anew when it is asked for")
+                await self.catalog.forget(record)
         self.lazy.start()
+
+    def _may_be_used(self, index: ImageIndex) -> bool:
+        """Whether the configuration of today allows an index that was found in a registry earlier."""
+        if not index.artifact:
+            return True
+        trusted = {signature.key_id(key) for key in self._referrers.keys}
+        allowed = self.config.indexing.use_artifacts and not self._refused.has(index.artifact)
+        return allowed and (not trusted or index.signer in trusted)
+
+    async def _prove(self, reference: str, layer: ImageLayer) -> bool:
+        try:
+            return await self.lazy.prove(reference, layer)
+        except Lie as lie:
+            self._heal(layer, lie)  # not waited for: that resolves images, and so do we
+            return False
 
     # ---- images
 
@@ -127,20 +152,37 @@ class Superpeer:
             if record:
                 # A HEAD: most of the time nothing has changed.
                 top = await self.registry.resolve(reference)
-                if top.digest == record.top_digest:
+                # It may have been withdrawn meanwhile.
+                still = self.catalog.find(str(reference), str(platform)) is record
+                if still and top.digest == record.top_digest:
                     return await self.catalog.confirm(record, str(reference), str(platform), top.digest)
             resolved = await self.registry.image(reference, platform)
         except Unavailable as error:
-            if record is None:
+            if record is None or self.catalog.find(str(reference), str(platform)) is not record:
                 raise
             self.fallbacks.note("registry away, answered from the cache", f"{reference}: {error.message}")
             return record
         top_digest = resolved.index_digest or resolved.descriptor.digest
-        known = self.catalog.by_manifest(resolved.descriptor.digest)
+        known = self.catalog.by_manifest(resolved.descriptor.digest, reference.name)
         if known is not None:
             return await self.catalog.confirm(known, str(reference), str(platform), top_digest)
-        index = await self._indexer.image(reference, resolved, progress)
+        index = await self._index(reference, resolved, progress)
         return await self.catalog.add(str(reference), str(platform), top_digest, index, image.encode(index))
+
+    async def _index(self, reference: Reference, resolved: ResolvedImage, progress: Progress) -> ImageIndex:
+        loop = asyncio.get_running_loop()
+        until, full = self._no_room.get(resolved.descriptor.digest, (0.0, None))
+        if full is not None and loop.time() < until:
+            raise full  # whoever waits asks again soon; to stream its layers each time would be a storm
+        self._no_room.pop(resolved.descriptor.digest, None)
+        try:
+            index = await self._indexer.image(reference, resolved, progress)
+            if index.artifact and self._refused.has(index.artifact):  # found out meanwhile
+                index = await self._indexer.on_first_sight(reference, resolved, progress)
+            return index
+        except StoreFull as error:
+            self._no_room[resolved.descriptor.digest] = (loop.time() + _FULL_FOR, error)
+            raise
 
     # ---- blobs
 
@@ -152,19 +194,22 @@ class Superpeer:
         blob = self.store.find(digest)
         if blob is not None and self.store.has(digest):
             return blob
-        found = self.catalog.layer_by_diff_id(digest)
-        if found is None:
-            hint = "ask for its image first"
-            raise NotFound(f"no image that this superpeer knows has the blob {digest}", hint=hint)
-        return found[1].blob
+        return self._layer(digest)[1].blob
+
+    def _layer(self, diff_id: str) -> tuple[str, ImageLayer]:
+        found = self.catalog.layer_by_diff_id(diff_id)
+        if found is not None:
+            return found
+        if diff_id in self._replacing:
+            raise Unavailable(f"the image with the layer {diff_id} is being indexed anew", retry_after=1)
+        hint = "ask for its image first"
+        raise NotFound(f"no image that this superpeer knows has the blob {diff_id}", hint=hint)
 
     async def bring(self, blob: Blob, chunks: range, urgency: Urgency = Urgency.DEMAND) -> None:
         """Bring chunks of what `find` returned into the store. Raises what the registry client raises; StoreFull."""
         if not await self.store.missing(blob, chunks):
             return
-        found = self.catalog.layer_by_diff_id(blob.digest)
-        if found is None:
-            raise NotFound(f"no image that this superpeer knows has the blob {blob.digest}")
+        found = self._layer(blob.digest)
         loop = asyncio.get_running_loop()
         if loop.time() < self._full_until:
             # Whoever waits asks again soon; to fetch it from the registry each time would be a storm.
@@ -197,30 +242,49 @@ class Superpeer:
 
     async def _lied(self, layer: ImageLayer, lie: Lie) -> None:
         """Withdraw a layer's index, and index the images that use it anew; once, whoever finds out at the same time."""
+        await asyncio.shield(self._heal(layer, lie))
+
+    def _heal(self, layer: ImageLayer, lie: Lie) -> asyncio.Task[None]:
         task = self._healing.get(layer.found_index)
         if task is None:
             task = self._healing[layer.found_index] = asyncio.create_task(self._replace(layer, lie))
-            task.add_done_callback(lambda _: self._healing.pop(layer.found_index, None))
-        await asyncio.shield(task)
+            task.add_done_callback(lambda done: self._healed(layer, done))
+        return task
+
+    def _healed(self, layer: ImageLayer, task: asyncio.Task[None]) -> None:
+        self._healing.pop(layer.found_index, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("could not replace a lying index", layer=layer.layer_digest, why=str(error))
 
     async def _replace(self, layer: ImageLayer, lie: Lie) -> None:
         why = f"layer {layer.layer_digest}: {lie.message}"
         self.fallbacks.note("lying index thrown away", why)
         withdrawn = await self.catalog.withdraw(layer)
-        for record, artifact in withdrawn:
-            log.error("an index in the registry lies and is thrown away", image=record.reference, artifact=artifact,
-                      manifest=record.manifest_digest, why=why)  # fmt: skip
-            await self._refused.add(artifact, why)
-        await self.lazy.drop(layer)
-        await self._throw_away(layer)
-        for record, _ in withdrawn:
-            # By its digest: the tag may have moved, and nodes run this image.
-            pinned = Reference.parse(record.reference).at(record.manifest_digest)
-            try:
-                await asyncio.shield(self.resolve(str(pinned), record.platform).task)
-            except DadiError as error:
-                # Whoever asks for the image next has it indexed then.
-                log.warning("could not index an image anew", image=record.reference, why=error.message)
+        layers = {each.found_index: each for _, index in withdrawn for each in index.layers if each.seek_digest}
+        layers[layer.found_index] = layer
+        self._replacing.update(each.diff_id for each in layers.values())
+        try:
+            for record, index in withdrawn:
+                log.error("an index in the registry lies and is thrown away", image=record.reference,
+                          artifact=index.artifact, manifest=record.manifest_digest, why=why)  # fmt: skip
+                await self._refused.add(index.artifact, why)
+            for each in layers.values():
+                await self.lazy.drop(each)
+            await self._throw_away(layer)
+            for record, _ in withdrawn:
+                await self._index_anew(record)
+        finally:
+            self._replacing.subtract(each.diff_id for each in layers.values())
+            self._replacing += Counter()  # drops the zeros
+
+    async def _index_anew(self, record: ImageRecord) -> None:
+        # By its digest: the tag may have moved, and nodes run this image.
+        pinned = Reference.parse(record.reference).at(record.manifest_digest)
+        try:
+            await asyncio.shield(self.resolve(str(pinned), record.platform).task)
+        except DadiError as error:
+            # Whoever asks for the image next has it indexed then.
+            log.error("could not index an image anew", image=record.reference, why=str(error))
 
     async def _throw_away(self, layer: ImageLayer) -> None:
         """Remove what was verified by tables that may lie; whole blobs were verified by their digests and stay."""

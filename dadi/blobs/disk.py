@@ -273,6 +273,8 @@ class DiskBlobs:
                 return stored
             old = self._blobs.get(blob.digest)
             if old is not None:
+                if old.complete:
+                    raise Malformed(f"{blob} is here, whole and verified, and has {old.blob.size} bytes")
                 if old.holds:
                     hint = "unmount what uses it first"
                     raise StoreFull(f"{blob} is held here with another chunk table", hint=hint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from dadi.blobs.single_flight import runs
-from dadi.blobs.source import Source, Urgency, hurry
+from dadi.blobs.source import Source, Urgency
 from dadi.blobs.store import BlobStore
 from dadi.errors import DadiError, StoreFull
 from dadi.fallbacks import Fallbacks
@@ -39,10 +39,6 @@ class Kept:
         for run, parts in zip([*here, *runs(missing)], results, strict=True):
             found.update(zip(run, parts, strict=True))
         return [found[chunk] for chunk in chunks]
-
-    def hurry(self, blob: Blob, chunks: range, urgency: Urgency) -> None:
-        """Pass it on."""
-        hurry(self.upstream, blob, chunks, urgency)
 
     async def _local(self, blob: Blob, run: range, urgency: Urgency) -> list[bytes]:
         try:

@@ -39,10 +39,3 @@ class Source(Protocol):
     async def read(self, blob: Blob, chunks: range, urgency: Urgency = Urgency.DEMAND) -> list[bytes]:
         """Return the run's chunks; see the class."""
         ...
-
-
-def hurry(source: object, blob: Blob, chunks: range, urgency: Urgency) -> None:
-    """Tell a source that somebody in a greater hurry has joined a read of it; those without a queue need not know."""
-    told = getattr(source, "hurry", None)
-    if told is not None:
-        told(blob, chunks, urgency)

@@ -284,7 +284,7 @@ async def test_with_trusted_keys_only_what_one_of_them_signed_is_used(
 async def test_a_layer_without_seek_points_is_streamed_whole_and_not_held_in_memory(
     tmp_path: Path, registry: FakeRegistry, tars: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("superpeer.ranged._LARGEST_UNIT", 100_000)
+    monkeypatch.setattr("superpeer.ranged._LARGEST_NEED", 100_000)
     image = await indexed.add(registry, "team/app", tars, tmp_path, compress=zstandard.compress)
     async with superpeer(tmp_path, registry) as run:
         index = await run.index(image.reference)

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from dadi.blobs.joined import Joined
+from dadi.blobs.joined import Joined, together
 from dadi.blobs.source import Urgency
 from dadi.errors import Unavailable
 from dadi.index.chunks import Blob, blob_of
@@ -20,7 +20,6 @@ class Gated:
     def __init__(self) -> None:
         self.reads: list[range] = []
         self.gates: list[asyncio.Future[None]] = []
-        self.hurried: list[range] = []
 
     async def read(self, blob: Blob, chunks: range, urgency: Urgency = Urgency.DEMAND) -> list[bytes]:
         gate = asyncio.get_running_loop().create_future()
@@ -28,9 +27,6 @@ class Gated:
         self.gates.append(gate)
         await gate
         return [DATA[chunk * CHUNK : (chunk + 1) * CHUNK] for chunk in chunks]
-
-    def hurry(self, blob: Blob, chunks: range, urgency: Urgency) -> None:
-        self.hurried.append(chunks)
 
     async def let_go(self, number: int) -> None:
         self.gates[number].set_result(None)
@@ -118,17 +114,58 @@ async def test_demand_finds_a_way_free_while_the_rest_is_fetched() -> None:
     await asyncio.gather(rest, demand)
 
 
-async def test_hurry_is_passed_on_to_a_read_that_is_under_way() -> None:
+async def test_a_demand_waits_with_a_read_that_is_under_way_for_nobody() -> None:
     source = Gated()
-    joined = Joined(source, parallel=1, largest=8 * CHUNK)
+    joined = Joined(source, parallel=4, largest=8 * CHUNK)
     rest = ask(joined, range(0, 4), Urgency.BACKFILL)
     await turn()
     demand = ask(joined, range(2, 3))
     await turn()
-    assert source.hurried == [range(2, 3)]
     await source.let_go(0)
     await asyncio.gather(rest, demand)
     assert source.reads == [range(0, 4)]
+
+
+async def test_a_read_for_nobody_is_smaller_so_that_a_demand_does_not_wait_long_with_it() -> None:
+    source = Gated()
+    joined = Joined(source, parallel=4, largest=8 * CHUNK, patient=2 * CHUNK)
+    rest, demand = ask(joined, range(0, 6), Urgency.BACKFILL), ask(joined, range(10, 18))
+    for number in range(4):
+        await turn()
+        await source.let_go(number)
+    await asyncio.gather(rest, demand)
+    assert sorted(map(len, source.reads)) == [2, 2, 2, 8]
+
+
+async def test_a_demand_overtakes_a_read_for_nobody_where_that_is_cheap() -> None:
+    source = Gated()
+    joined = Joined(source, parallel=4, largest=8 * CHUNK, overtake=True)
+    rest = ask(joined, range(0, 4), Urgency.BACKFILL)
+    demand = ask(joined, range(2, 3))  # at once: the read for nobody has not even begun
+    more = ask(joined, range(2, 3))
+    await turn()
+    assert source.reads == [range(0, 4), range(2, 3)]
+    await source.let_go(1)
+    assert await demand == await more == [DATA[2 * CHUNK : 3 * CHUNK]]
+    assert not rest.done()
+    await source.let_go(0)
+    assert b"".join(await rest) == DATA[: 4 * CHUNK]
+    again = ask(joined, range(2, 3))
+    await turn()
+    await source.let_go(2)
+    assert await again == [DATA[2 * CHUNK : 3 * CHUNK]]
+
+
+async def test_a_read_for_nobody_that_lands_first_leaves_the_demand_its_own() -> None:
+    source = Gated()
+    joined = Joined(source, parallel=4, largest=8 * CHUNK, overtake=True)
+    rest = ask(joined, range(0, 4), Urgency.BACKFILL)
+    await turn()
+    demand = ask(joined, range(2, 3))
+    await turn()
+    await source.let_go(0)
+    await source.let_go(1)
+    assert [len(parts) for parts in await asyncio.gather(rest, demand)] == [4, 1]
 
 
 async def test_a_reader_who_goes_away_harms_nobody() -> None:
@@ -151,6 +188,9 @@ async def test_closing_fails_every_reader_and_leaves_nothing_waiting() -> None:
     for task in tasks:
         with pytest.raises(Unavailable, match="broken off"):
             await task
+    with pytest.raises(Unavailable, match="broken off"):
+        await joined.read(BLOB, range(1))
+    assert len(source.reads) == 1
 
 
 async def test_an_error_reaches_every_reader_and_the_next_one_asks_anew() -> None:
@@ -166,3 +206,20 @@ async def test_an_error_reaches_every_reader_and_the_next_one_asks_anew() -> Non
     await turn()
     await source.let_go(1)
     assert len(await again) == 2
+
+
+async def test_together_cancels_the_others_and_raises_the_error_itself() -> None:
+    ended: list[str] = []
+
+    async def waits() -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            ended.append("waits")
+
+    async def fails() -> None:
+        raise Unavailable("away")
+
+    with pytest.raises(Unavailable, match="away"):
+        await together([waits(), fails()])
+    assert ended == ["waits"]
