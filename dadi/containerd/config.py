@@ -89,8 +89,12 @@ def _proxy_plugin(socket: str, root: str, transfer: bool) -> str:
 
 
 def _for_cri(version: Version, root: str) -> str:
+    first = (
+        "# Start dadi-node before containerd: at its start CRI leaves out images whose snapshots it cannot ask for,\n"
+        "# until they are pulled again (for which their registry must answer; what is here is not fetched again).\n"
+    )
     if version >= (2, 1):
-        return f'[plugins."{_CRI}"]\n  snapshotter = "{PLUGIN}"\n'
+        return f'{first}[plugins."{_CRI}"]\n  snapshotter = "{PLUGIN}"\n'
     name = f'[plugins."{_CRI}"]' if version.major >= 2 else f'[plugins."{_OLD_CRI}".containerd]'
     note = ""
     if version < (1, 7, 16):
@@ -98,7 +102,7 @@ def _for_cri(version: Version, root: str) -> str:
             "# This version does not know exports.root; kubelet looks at a fixed place to see how full the disk is:\n"
             f"#   ln -s {root} /var/lib/containerd/io.containerd.snapshotter.v1.{PLUGIN}\n"
         )
-    return f'{note}{name}\n  snapshotter = "{PLUGIN}"\n  disable_snapshot_annotations = false\n'
+    return f'{first}{note}{name}\n  snapshotter = "{PLUGIN}"\n  disable_snapshot_annotations = false\n'
 
 
 def _for_transfer() -> str:

@@ -43,6 +43,15 @@ def test_what_is_printed_for_cri_makes_it_pull_lazily(version: str) -> None:
     assert config.cri_settings(printed(version, cri=False)) is None
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_who_has_cri_is_told_what_has_to_start_first(version: str) -> None:
+    def text(cri: bool) -> str:
+        return config.text(parse_version(version), cri=cri, socket="/s", root="/var/r")
+
+    assert "# Start dadi-node before containerd" in text(True)
+    assert "# Start dadi-node before containerd" not in text(False)
+
+
 @pytest.mark.parametrize("version", ["2.1", "2.x"])
 def test_the_transfer_service_keeps_what_it_had_and_gets_ours(version: str) -> None:
     found = printed(version)
