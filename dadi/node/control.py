@@ -20,7 +20,7 @@ import msgspec
 from aiohttp import web
 
 from dadi import http, metrics
-from dadi.errors import InvalidRequest, Malformed
+from dadi.errors import Conflict, InvalidRequest, Malformed
 from dadi.index import layer as layer_index
 from dadi.index.image import ImageIndex
 from dadi.index.layer import Entry, Kind
@@ -58,8 +58,12 @@ def create(node: Node) -> web.Application:
         return await http.stream_events(request, work)
 
     async def unmount(request: web.Request) -> web.Response:
-        directory = request.query.get("directory", "")
-        await node.mounts.unmount(normalized(directory), force=request.query.get("force") == "1")
+        directory, force = normalized(request.query.get("directory", "")), request.query.get("force") == "1"
+        if not force and directory.startswith(f"{node.images.directory}/"):
+            # umount(2) would not find it in use: overlayfs has a mount of its own below a container.
+            hint = "remove the image in containerd; --force all the same"
+            raise Conflict(f"{directory} belongs to containerd's snapshots", hint=hint)
+        await node.mounts.unmount(directory, force=force)
         return web.json_response({})
 
     async def inspect(request: web.Request) -> web.StreamResponse:

@@ -25,8 +25,8 @@ from dadi.errors import Conflict, DadiError, InvalidRequest, Malformed, MissingF
 from dadi.node.loop import backing_file as loop_backing
 
 __all__ = [
-    "Feature", "Mount", "is_mounted", "loop_backing", "mount", "mount_erofs", "mounts", "parse_mountinfo", "probe",
-    "umount", "umount_all",
+    "Feature", "Mount", "is_mounted", "loop_backing", "mount", "mount_erofs", "mounted_at", "mounts", "parse_mountinfo",
+    "probe", "umount", "umount_all",
 ]  # fmt: skip
 
 READ_ONLY, NO_SUID, NO_DEV, NO_EXEC, REMOUNT, NO_ATIME, BIND = 1, 2, 4, 8, 32, 1024, 4096
@@ -118,6 +118,12 @@ def is_mounted(directory: str | Path) -> bool:
     """
     path = os.path.join(os.path.realpath(os.path.dirname(directory) or "."), os.path.basename(directory))
     return any(mount.target == path for mount in mounts())
+
+
+def mounted_at(directory: str | Path) -> Mount | None:
+    """Return what is mounted last on a directory (see `is_mounted`); None if nothing is."""
+    path = os.path.join(os.path.realpath(os.path.dirname(directory) or "."), os.path.basename(directory))
+    return next((mount for mount in reversed(mounts()) if mount.target == path), None)
 
 
 def umount_all(directory: str | Path) -> None:

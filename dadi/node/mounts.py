@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 import structlog
 
+from dadi import digest as digests
 from dadi.blobs.disk import DiskBlobs
 from dadi.erofs import writer as erofs
 from dadi.errors import Conflict, DadiError, Malformed, NotFound, TooLarge, Unavailable
@@ -123,22 +124,43 @@ class Mounts:
         Raises what `mount` raises; Conflict also if something else of ours is mounted there.
         """
         directory = await real_path(directory)
+        if directory in self._busy:
+            raise Conflict(f"{directory} is being mounted or unmounted already", hint="try again in a moment")
         mount = self._mounts.get(directory)
-        if mount is None:
-            lost = self._lost.get(directory)
-            task = asyncio.create_task(self._again(lost[0]) if lost else self._make(
-                MountRecord(directory, answer, layers=layers)
-            ))  # fmt: skip
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            mount = await asyncio.shield(task)
-            self._on_mount()
-            log.info("mounted", image=answer.reference, directory=directory, layers=layers, state=mount.state)
-        elif (mount.record.answer.index_digest, mount.record.layers) != (answer.index_digest, layers):
-            raise Conflict(f"{mount.record.answer.reference} is mounted at {directory} already")
-        elif not await in_kernel(kernel.is_mounted, directory):
-            raise Conflict(f"{directory} is no longer what was mounted there: it was unmounted by somebody else",
-                           hint=f"`dadi umount --force {directory}`, then try again")  # fmt: skip
+        if mount is not None:
+            if (mount.record.answer.index_digest, mount.record.layers) != (answer.index_digest, layers):
+                raise Conflict(f"{mount.record.answer.reference} is mounted at {directory} already")
+            if await self._stands(mount.record):
+                return
+        task = asyncio.create_task(self._ensured(MountRecord(directory, answer, layers=layers)))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        mount = await asyncio.shield(task)
+        self._on_mount()
+        log.info("mounted", image=answer.reference, directory=directory, layers=layers, state=mount.state)
+
+    async def _ensured(self, record: MountRecord) -> Mount:
+        """Mount at a directory that is ours alone, whatever an earlier process or somebody else has done there."""
+        lost = self._lost.get(record.directory)
+        if lost is not None:
+            return await self._again(lost[0])
+        gone = self._mounts.get(record.directory)
+        if gone is not None:
+            self._fallbacks.note("mount was gone, mounted again", record.directory)
+            await self._gone(gone)
+        there = await in_kernel(kernel.mounted_at, record.directory)
+        if there is not None:
+            if there.kind != "erofs":
+                raise _other(record.directory, there)
+            await in_kernel(kernel.umount_all, record.directory)  # of a process that was killed before its record
+        return await self._make(record)
+
+    async def _stands(self, record: MountRecord) -> bool:
+        """Whether the image is still what is mounted there; raise Conflict if something else is."""
+        there = await in_kernel(kernel.mounted_at, record.directory)
+        if there is not None and not _is_ours(record, there):
+            raise _other(record.directory, there)
+        return there is not None
 
     async def _again(self, record: MountRecord) -> Mount:
         """Mount anew what could not be restored; raise its error if it still cannot be."""
@@ -189,22 +211,30 @@ class Mounts:
                 holds.enter_context(self._store.hold(blob))
         async with self._metadata:
             await self._whole(index.metadata, holds)
+        whole = self._store.find(index.metadata.digest)
+        if whole is not None:  # it may have come by another call's hands
+            holds.enter_context(self._store.hold(whole))
 
-    async def _prefix(self, index: ImageIndex, layers: int, holds: contextlib.ExitStack) -> ImageIndex:
-        """Return the index of an image that is only the lowest layers of another; its metadata is made here."""
-        lowest = index.layers[:layers]
-        indexes = []
-        for layer in lowest:
+    async def hold_layer_indexes(self, index: ImageIndex, holds: contextlib.ExitStack) -> None:
+        """Have the layer indexes here, and hold them: what a mount of fewer layers is made from."""
+        for layer in index.layers:
             if not self._store.has(layer.index_digest):
                 await self._store.put(await self._upstream.whole(layer.index_digest, layer.index_size))
             held = self._store.find(layer.index_digest)
             if held is not None:
                 holds.enter_context(self._store.hold(held))
+
+    async def _prefix(self, index: ImageIndex, layers: int, holds: contextlib.ExitStack) -> ImageIndex:
+        """Return the index of an image that is only the lowest layers of another; its metadata is made here."""
+        index = msgspec.structs.replace(index, layers=index.layers[:layers], devices=())
+        await self.hold_layer_indexes(index, holds)
+        indexes = []
+        for layer in index.layers:
             data = await self._store.get(layer.index_digest)
             indexes.append(await asyncio.to_thread(layer_index.decode, data))
         metadata = await asyncio.to_thread(erofs.write, indexes)
         blob = await self._store.put(metadata.image)
-        return msgspec.structs.replace(index, layers=lowest, metadata=blob, devices=metadata.devices)
+        return msgspec.structs.replace(index, metadata=blob, devices=metadata.devices)
 
     async def _attach(self, record: MountRecord, index: ImageIndex, holds: contextlib.ExitStack) -> Mount:
         async with contextlib.AsyncExitStack() as undo:
@@ -226,7 +256,11 @@ class Mounts:
     async def index(self, answer: ImageAnswer) -> ImageIndex:
         """Return the image's index, from the store or else from upstream."""
         if self._store.has(answer.index_digest):
-            return image_index.decode(await self._store.get(answer.index_digest))
+            data = await self._store.get(answer.index_digest)
+            if await asyncio.to_thread(digests.of, data) == answer.index_digest:
+                return image_index.decode(data)
+            self._fallbacks.note("our own disk spoilt bytes, fetched again", f"the index {answer.index_digest}")
+            await self._store.remove(answer.index_digest)
         data = await self._upstream.whole(answer.index_digest, answer.index_size)
         index = image_index.decode(data)
         if index.manifest_digest != answer.manifest_digest:
@@ -266,8 +300,11 @@ class Mounts:
             if force:
                 for device in mount.devices:
                     self._devices.abort(device)
-            if await in_kernel(kernel.is_mounted, directory):
+            there = await in_kernel(kernel.mounted_at, directory)
+            if there is not None and _is_ours(mount.record, there):
                 await self._umount(directory, force)
+            elif there is not None and not force:
+                raise _other(directory, there)
             await self._gone(mount)
             log.info("unmounted", image=mount.record.answer.reference, directory=directory, forced=force)
 
@@ -304,14 +341,20 @@ class Mounts:
     async def _hold_what_is_here(self, record: MountRecord, holds: contextlib.ExitStack) -> None:
         if not self._store.has(record.answer.index_digest):
             return
-        index = await self.index(record.answer)
-        digests = [record.answer.index_digest, index.metadata.digest, *(b.digest for b in index.device_blobs())]
-        for blob in filter(None, map(self._store.find, digests)):
+        try:
+            index = await self.index(record.answer)
+        except (DadiError, OSError) as error:
+            log.warning("an image index cannot be read", directory=record.directory, why=str(error))
+            return  # `_restore` says what becomes of it
+        needed = [record.answer.index_digest, index.metadata.digest, *(b.digest for b in index.device_blobs())]
+        if record.layers:
+            needed += [layer.index_digest for layer in index.layers]
+        for blob in filter(None, map(self._store.find, needed)):
             holds.enter_context(self._store.hold(blob))
 
     async def _restore(self, record: MountRecord) -> bool:
-        try:
-            with self._alone(record.directory):
+        with self._alone(record.directory):
+            try:
                 mount = await self._adopt(record)
                 if mount is None:
                     with contextlib.ExitStack() as holds:
@@ -320,10 +363,10 @@ class Mounts:
                         await in_kernel(kernel.umount_all, record.directory)
                         mount = await self._attach(record, index, holds)
                         mount.holds = holds.pop_all()
-        except (DadiError, OSError) as error:
-            self._lost[record.directory] = (record, str(error))
-            self._fallbacks.note("mount not restored", f"{record.directory}: {error}")
-            return False
+            except (DadiError, OSError) as error:
+                self._lost[record.directory] = (record, str(error))
+                self._fallbacks.note("mount not restored", f"{record.directory}: {error}")
+                return False
         log.info("restored", image=record.answer.reference, directory=record.directory, state=mount.state)
         return True
 
@@ -332,13 +375,23 @@ class Mounts:
         while True:
             await asyncio.sleep(_RETRY_EVERY)
             for record, _ in list(self._lost.values()):
-                if await self._restore(record):
+                if self._lost.get(record.directory, (None, ""))[0] is not record:
+                    continue  # unmounted meanwhile
+                try:
+                    restored = await self._restore(record)
+                except Conflict:
+                    continue  # somebody is at it
+                except Exception as error:  # a mistake of ours must not end it for all mounts
+                    await asyncio.to_thread(log.error, "could not restore a mount", exc_info=error)
+                    continue
+                if restored:
                     self._lost.pop(record.directory, None)
                     self._on_mount()
 
     async def _adopt(self, record: MountRecord) -> Mount | None:
         """Return the mount as it still stands, if nothing in its way needs an earlier process of ours."""
-        if not record.devices or not await in_kernel(kernel.is_mounted, record.directory):
+        there = await in_kernel(kernel.mounted_at, record.directory)
+        if there is None or not _is_ours(record, there):
             return None
         if not self._store.has(record.answer.index_digest):
             return None
@@ -424,6 +477,15 @@ class Mounts:
             "bytes_present": sum(row["bytes_present"] for row in rows),
             "devices": rows,
         }
+
+
+def _is_ours(record: MountRecord, there: kernel.Mount) -> bool:
+    return there.kind == "erofs" and there.source in record.devices[:1]
+
+
+def _other(directory: str, there: kernel.Mount) -> Conflict:
+    what = f"{there.kind} of {there.source}"
+    return Conflict(f"something else is mounted at {directory}: {what}", hint="unmount that first")
 
 
 async def real_path(directory: str) -> str:

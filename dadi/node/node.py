@@ -21,7 +21,7 @@ from dadi.blobs.chain import Chain
 from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.source import Source
 from dadi.blobs.verified import Verified
-from dadi.errors import Conflict, DigestMismatch
+from dadi.errors import Conflict, DadiError, DigestMismatch
 from dadi.fallbacks import Fallbacks
 from dadi.node import kernel
 from dadi.node.backfill import Backfill
@@ -104,6 +104,7 @@ class Node:
         self.images = NodeImages(Path(config.state), store, self.mounts, self.upstream, self.platform,
                                  young=config.snapshotter.keep_idle)  # fmt: skip
         self.snapshots: Snapshots | None = None
+        self.snapshotter_error: str | None = None
 
     def _upstream(self) -> Upstream:
         config = self.config
@@ -146,11 +147,20 @@ class Node:
         config = self.config.snapshotter
         if not config.enabled:
             return
+        root = Path(self.config.state) / "snapshotter"
+        await asyncio.to_thread(_private, root)
         await self.images.load()
-        self.snapshots = await Snapshots.open(
-            Path(self.config.state) / "snapshotter", self.images, self.fallbacks,
-            replace_damaged=config.replace_damaged, sweep_every=config.sweep, keep_idle=config.keep_idle,
-        )  # fmt: skip
+        try:
+            self.snapshots = await Snapshots.open(
+                root, self.images, self.fallbacks, replace_damaged=config.replace_damaged, sweep_every=config.sweep,
+                keep_idle=config.keep_idle,
+            )  # fmt: skip
+        except DadiError as error:
+            # Mounts, and containers that run, must not suffer for it; containerd is told that nobody answers.
+            self.snapshotter_error = str(error)
+            self.fallbacks.note("snapshotter not started", str(error))
+            log.error("the snapshotter cannot start; all else goes on", why=str(error),
+                      hint="snapshotter.enabled = false says that none is wanted")  # fmt: skip
 
     def _mount_fuse(self) -> None:
         directory = self.session.directory
@@ -192,9 +202,16 @@ class Node:
             "sources": self.upstream.statistics(),
             "backfill": self.backfill.statistics(),
             "snapshots": self.snapshots.statistics() if self.snapshots else None,
+            "snapshotter_error": self.snapshotter_error,
             "store": self.store.statistics(),
             "fallbacks": self.fallbacks.statistics(),
         }
+
+
+def _private(directory: Path) -> None:
+    """Make a directory that only our user can enter: images have setuid programs, and files not for everybody."""
+    directory.mkdir(parents=True, exist_ok=True)
+    directory.chmod(0o700)
 
 
 def _locked(run: Path) -> int:

@@ -1,0 +1,145 @@
+"""What others do to a node's mount points and files: said, survived, and never taken for the image."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from dadi.errors import Conflict, NotFound
+from dadi.node import control, kernel
+from tests.fakes.registry import FakeRegistry
+from tests.lab.services import running, tar_of
+from tests.system.test_node import in_thread, loops_below, mounted, node_of, nothing_stays_mounted, read
+
+__all__ = ["nothing_stays_mounted"]
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture
+async def registry() -> AsyncIterator[FakeRegistry]:
+    async with FakeRegistry() as fake:
+        fake.add_image("team/app", "1", [tar_of(a=b"a"), tar_of(b=b"b")])
+        yield fake
+
+
+async def test_something_else_on_the_mount_point_is_not_taken_for_the_image(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    async with running(tmp_path / "superpeer", registry.host) as run, node_of(tmp_path, run.url) as node:
+        key = (await node.images.resolve(f"{registry.host}/team/app:1", None, [])).key
+        directory = await node.images.mount(key, 2)
+        await in_thread(lambda: kernel.mount("none", directory, "tmpfs"))
+        with pytest.raises(Conflict, match="something else is mounted"):
+            await node.images.mount(key, 2)
+        with pytest.raises(Conflict, match="something else is mounted"):
+            await node.images.release(key, 2)
+        await in_thread(lambda: kernel.umount(directory))
+        assert await node.images.mount(key, 2) == directory
+        await node.images.release(key, 2)
+        assert loops_below(tmp_path) == []
+
+
+async def test_what_somebody_else_unmounted_is_mounted_again_and_said(tmp_path: Path, registry: FakeRegistry) -> None:
+    async with running(tmp_path / "superpeer", registry.host) as run, node_of(tmp_path, run.url) as node:
+        key = (await node.images.resolve(f"{registry.host}/team/app:1", None, [])).key
+        directory = await node.images.mount(key, 1)
+        await in_thread(lambda: kernel.umount(directory))
+        assert await node.images.mount(key, 1) == directory
+        assert await read(Path(directory) / "a") == b"a"
+        assert [row["kind"] for row in node.fallbacks.statistics()] == ["mount was gone, mounted again"]
+        await node.images.release(key, 1)
+        assert loops_below(tmp_path) == []
+
+
+async def test_a_mount_without_a_record_is_replaced_and_nothing_of_it_is_left(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    """A process was killed after mount(2) and before its record was written."""
+    async with running(tmp_path / "superpeer", registry.host) as run:
+        async with node_of(tmp_path, run.url, unmount_on_stop=False) as node:
+            key = (await node.images.resolve(f"{registry.host}/team/app:1", None, [])).key
+            directory = await node.images.mount(key, 2)
+            for device in node.devices.all():
+                for chunk in range(device.blob.table.count):
+                    await node.chain.read(device.blob, range(chunk, chunk + 1))
+                await node.devices.complete(device)
+        assert await in_thread(lambda: kernel.is_mounted(directory)), "local: it stays"
+        for record in (tmp_path / "node/state/mounts").iterdir():
+            record.unlink()
+        async with node_of(tmp_path, run.url) as node:
+            assert await node.images.mount(key, 2) == directory
+            await node.images.release(key, 2)
+            assert not await in_thread(lambda: kernel.is_mounted(directory))
+        assert loops_below(tmp_path) == []
+
+
+async def test_an_image_index_that_the_disk_spoilt_is_fetched_again(tmp_path: Path, registry: FakeRegistry) -> None:
+    directory = tmp_path / "mnt"
+    directory.mkdir()
+    async with running(tmp_path / "superpeer", registry.host) as run:
+        async with node_of(tmp_path, run.url) as node:
+            row = await mounted(node, f"{registry.host}/team/app:1", directory)
+            answer = next(iter(node.mounts._mounts.values())).record.answer
+            path = node.store.data_path(node.store.find(answer.index_digest))
+        with path.open("r+b") as file:
+            file.write(b"spoilt")
+        async with node_of(tmp_path, run.url) as node:
+            assert node.mounts.statistics()[0]["reference"] == row["reference"]
+            assert node.mounts.statistics()[0]["state"] != "lost"
+            assert "our own disk spoilt bytes, fetched again" in {r["kind"] for r in node.fallbacks.statistics()}
+            assert await read(directory / "a") == b"a"
+
+
+async def test_a_damaged_snapshot_database_costs_containerd_and_nothing_else(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    directory = tmp_path / "mnt"
+    directory.mkdir()
+    async with running(tmp_path / "superpeer", registry.host) as run:
+        async with node_of(tmp_path, run.url) as node:
+            await mounted(node, f"{registry.host}/team/app:1", directory)
+        (tmp_path / "node/state/snapshotter/metadata.db").write_bytes(b"not a database" * 1000)
+        async with node_of(tmp_path, run.url) as node:
+            assert await read(directory / "b") == b"b"
+            assert node.snapshots is None
+            status = node.statistics()
+            assert "damaged" in status["snapshotter_error"]
+            assert "snapshotter not started" in {row["kind"] for row in status["fallbacks"]}
+
+
+async def test_nobody_else_can_enter_what_containers_run_from(tmp_path: Path, registry: FakeRegistry) -> None:
+    root = tmp_path / "node/state/snapshotter"
+    root.mkdir(parents=True, mode=0o755)
+    async with running(tmp_path / "superpeer", registry.host) as run, node_of(tmp_path, run.url) as node:
+        key = (await node.images.resolve(f"{registry.host}/team/app:1", None, [])).key
+        directory = await node.images.mount(key, 1)
+        assert os.stat(root).st_mode & 0o777 == 0o700
+        os.chmod(tmp_path, 0o755)
+        done = await in_thread(lambda: subprocess.run(
+            ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "cat", f"{directory}/a"],
+            capture_output=True, check=False, timeout=20,
+        ))  # fmt: skip
+        assert done.returncode != 0
+        assert done.stdout == b""
+
+
+async def test_umount_does_not_take_a_containers_image_away_unless_forced(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    from aiohttp.test_utils import TestClient, TestServer
+
+    async with running(tmp_path / "superpeer", registry.host) as run, node_of(tmp_path, run.url) as node:
+        key = (await node.images.resolve(f"{registry.host}/team/app:1", None, [])).key
+        directory = await node.images.mount(key, 1)
+        async with TestClient(TestServer(control.create(node))) as client:
+            refused = await client.delete("/v1/mounts", params={"directory": directory})
+            assert refused.status == 409
+            assert "belongs to containerd" in (await refused.json())["message"]
+            assert await in_thread(lambda: kernel.is_mounted(directory))
+            assert (await client.delete("/v1/mounts", params={"directory": directory, "force": "1"})).status == 200
+        with pytest.raises(NotFound):
+            await node.mounts.unmount(directory)
