@@ -15,6 +15,7 @@ unclean stop the ones in `present` are claims: each chunk is hashed again before
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from pathlib import Path
@@ -26,6 +27,7 @@ from dadi.index.chunks import Blob
 
 PAD = 4096
 MAGIC = b"DADIBLB1"
+_writes = itertools.count()
 _HEX = re.compile(r"[0-9a-f]{64}")
 _decoder = msgspec.msgpack.Decoder(Blob)
 
@@ -46,7 +48,8 @@ def sync_directory(path: Path) -> None:
 
 def write_durably(path: Path, data: bytes) -> None:
     """Replace a small file all at once: after a crash, or an OSError, it is the old one or the new one."""
-    temporary = path.with_name(path.name + ".new")
+    # A name of its own: of two writers at once neither may rename what the other is still writing.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{next(_writes)}.new")
     try:
         with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             file.write(data)

@@ -63,6 +63,9 @@ _CODES: dict[Any, type[DadiError]] = {
 }
 
 T = TypeVar("T")
+_DIALS = 10.0
+"""Seconds in which containerd dials a plugin's socket anew that was not there, or was gone, when it last looked: until
+then it answers out of its memory."""
 
 
 class Info(NamedTuple):
@@ -181,7 +184,15 @@ class Containerd:
     async def prepare(self, snapshotter: str, key: str, parent: str, labels: dict[str, str]) -> list[Any]:
         """Make an active snapshot, and return its mounts (for `apply`); raise AlreadyExists if the layer is there."""
         request = snapshots.PrepareSnapshotRequest(snapshotter=snapshotter, key=key, parent=parent, labels=labels)
-        return list((await self._call("preparing a snapshot", self._snapshots.Prepare, request, LONG)).mounts)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + _DIALS
+        while True:
+            try:
+                return list((await self._call("preparing a snapshot", self._snapshots.Prepare, request, LONG)).mounts)
+            except errors.Unavailable as error:
+                if "dial" not in error.message or loop.time() >= end:
+                    raise
+            await asyncio.sleep(0.5)
 
     async def check_snapshotter(self, snapshotter: str) -> None:
         """Raise InvalidRequest if containerd knows no such snapshotter. Whether that answers is not looked at."""

@@ -239,6 +239,13 @@ class Database:
             row = rows.fetchone()
             return _stored(row).info if row else None
 
+    def lazy_layer(self, image: str, depth: int) -> LazyLayer | None:
+        """Return what was kept of the layer at this depth of an image; rather one that says which manifest it is of."""
+        query = "SELECT image, depth, chain_id, reference, manifest, layer FROM snapshots WHERE image = ? AND depth = ?"
+        with self._transaction() as run:
+            row = run(f"{query} ORDER BY manifest = '', id DESC LIMIT 1", (image, depth)).fetchone()
+            return LazyLayer(*row) if row else None
+
     def ids(self) -> set[int]:
         """Return the ids of all snapshots."""
         with self._transaction() as run:

@@ -16,6 +16,8 @@ class Flights(Generic[K, V]):
 
     def __init__(self) -> None:
         self._tasks: dict[K, asyncio.Task[V]] = {}
+        self.joined = 0
+        """How often somebody has joined what was under way already."""
 
     def __repr__(self) -> str:
         return f"Flights({len(self._tasks)})"
@@ -29,6 +31,8 @@ class Flights(Generic[K, V]):
         if task is None:
             task = self._tasks[key] = asyncio.create_task(work())
             task.add_done_callback(partial(self._landed, key))
+        else:
+            self.joined += 1
         return await asyncio.shield(task)
 
     def _landed(self, key: K, task: asyncio.Task[V]) -> None:

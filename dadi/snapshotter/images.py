@@ -33,11 +33,17 @@ class LazyImages(Protocol):
         """
         ...
 
-    async def mount(self, key: str, layers: int) -> str:
+    async def mount(
+        self, key: str, layers: int, reference: str = "", manifest: str | None = None, chain_id: str = ""
+    ) -> str:
         """Return the directory where the lowest `layers` layers of the image are mounted, read-only, as one EROFS.
 
         Made once however many ask, and found again after a restart. The path is absolute, always the same for one key
         and number, without ":" and ",", and short; it should lie beside `snapshots`, see overlay.py.
+
+        `reference`, `manifest`: what the image was resolved from, to be resolved again if it is not known any more;
+        what that leads to is used only if `chain_id` is that of its lowest `layers` layers. Never raises NotFound,
+        which to containerd's clients means that the image is to be unpacked.
         """
         ...
 
@@ -61,7 +67,9 @@ class NoImages:
         """Raise Unsupported."""
         raise Unsupported("this snapshotter has no lazy images")
 
-    async def mount(self, key: str, layers: int) -> str:
+    async def mount(
+        self, key: str, layers: int, reference: str = "", manifest: str | None = None, chain_id: str = ""
+    ) -> str:
         """Raise Unsupported."""
         raise Unsupported("this snapshotter has no lazy images")
 

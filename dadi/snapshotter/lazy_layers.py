@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import structlog
 
-from dadi.errors import DadiError, Malformed, Unsupported
+from dadi.errors import DadiError, Malformed, Unavailable, Unsupported
 from dadi.fallbacks import Fallbacks
 from dadi.snapshotter.db import Database
 from dadi.snapshotter.flights import Flights
@@ -26,6 +26,9 @@ from dadi.snapshotter.model import LazyLayer, Request, request_in
 
 log = structlog.get_logger()
 NOT_LAZY = "layer not lazy"
+PATIENCE = 600.0
+"""Seconds for which layers wait for one image to be resolved (at first sight its index is made), all of them together:
+those that come later do not begin to wait anew."""
 _Place = tuple[str, int]
 """An image index's digest, and how many of its layers."""
 
@@ -43,6 +46,7 @@ class LazyLayers:
         self._keep_idle = keep_idle
         self._clock = clock
         self._resolving: Flights[tuple[str, str | None], LazyImage] = Flights()
+        self._resolving_since: dict[tuple[str, str | None], float] = {}
         self._mounting: Flights[_Place, str] = Flights()
         self._alone: defaultdict[_Place, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._noted: set[_Place] = set()
@@ -76,10 +80,20 @@ class LazyLayers:
         return found
 
     async def _resolved(self, request: Request) -> LazyImage:
-        async def work() -> LazyImage:
-            return await self.images.resolve(request.reference, request.manifest, list(request.layers))
+        asked = (request.reference, request.manifest)
 
-        return await self._resolving.join((request.reference, request.manifest), work)
+        async def work() -> LazyImage:
+            try:
+                return await self.images.resolve(request.reference, request.manifest, list(request.layers))
+            finally:
+                self._resolving_since.pop(asked, None)
+
+        since = self._resolving_since.setdefault(asked, self._clock())
+        try:
+            async with asyncio.timeout(since + PATIENCE - self._clock()):
+                return await self._resolving.join(asked, work)
+        except TimeoutError:
+            raise Unavailable(f"its image is still not resolved after {PATIENCE:.0f} s") from None
 
     def refused(self, chain_id: str, why: str, request: Request | None = None) -> None:
         """Note that a layer becomes an ordinary one."""
@@ -99,7 +113,11 @@ class LazyLayers:
                 await self._kept(Database.note_mount, *place)
                 self._noted.add(place)
             self._idle_since.pop(place, None)
-            directory = await self.images.mount(*place)
+            layer = await self._kept(Database.lazy_layer, *place)
+            if layer is None:  # its snapshot was removed meanwhile
+                directory = await self.images.mount(*place)
+            else:
+                directory = await self.images.mount(*place, layer.reference, layer.manifest or None, layer.chain_id)
         if not directory.startswith("/") or any(character in directory for character in ':,\\"'):
             raise Malformed(f"{directory!r} cannot be a lower directory of an overlay")
         return directory
@@ -114,7 +132,10 @@ class LazyLayers:
                 continue
             since = self._idle_since.setdefault(place, self._clock())
             if not mount.wanted or self._clock() - since >= self._keep_idle:
-                await self._release(place)
+                try:
+                    await self._release(place)
+                except Exception as error:  # the others are not to wait for it
+                    await asyncio.to_thread(log.error, "could not release an image", image=place[0], exc_info=error)
         await self.images.keep_only(await self._kept(Database.images))
 
     async def _release(self, place: _Place) -> None:

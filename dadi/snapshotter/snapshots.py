@@ -101,6 +101,8 @@ class Snapshots:
                 await self.cleanup()
             except DadiError as error:
                 log.error("could not clean up", why=str(error))
+            except Exception as error:  # the next one may do better
+                await asyncio.to_thread(log.error, "could not clean up: a fault of ours", exc_info=error)
             await asyncio.sleep(every)
 
     # ---- making
@@ -139,7 +141,7 @@ class Snapshots:
         number = self._number()
         self._making.add(number)
         try:
-            await asyncio.to_thread(partial(self._directories.make, number, work=kind is Kind.ACTIVE))
+            await _to_its_end(partial(self._directories.make, number, work=kind is Kind.ACTIVE))
             lineage = await self._kept(Database.create, number, kind, key, parent, labels)
             lowers = await self._lowers(lineage)
             if lowers:
@@ -240,3 +242,13 @@ class Snapshots:
     def statistics(self) -> dict[str, Any]:
         """Return the snapshots by kind, and the layers since the start: how many became lazy, how many ordinary."""
         return {**self._kept.counts(), "layers": dict(self.lazy.made)}
+
+
+async def _to_its_end(work: Callable[[], None]) -> None:
+    """Run in a thread; when cancelled, wait until it is done all the same: what it makes can be undone only then."""
+    thread = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        await asyncio.shield(thread)
+    except asyncio.CancelledError:
+        await asyncio.wait([thread])
+        raise

@@ -40,6 +40,8 @@ class FakeImages:
         """Raised by all methods instead of what they do."""
         self.in_use: set[tuple[str, int]] = set()
         """Cannot be released now."""
+        self.origins: list[tuple[str, str | None, str]] = []
+        """What each `mount` was told of where the image came from."""
         self.kept: set[str] | None = None
         """What the last sweep wanted to be kept."""
         self._images: dict[str, list[Layer]] = {}
@@ -67,7 +69,10 @@ class FakeImages:
         key = self._keys[reference]
         return LazyImage(key, chain_ids(self._images[key]))
 
-    async def mount(self, key: str, layers: int) -> str:
+    async def mount(
+        self, key: str, layers: int, reference: str = "", manifest: str | None = None, chain_id: str = ""
+    ) -> str:
+        self.origins.append((reference, manifest, chain_id))
         await self._called("mount")
         directory = self.directory / f"{key[7:19]}-{layers}"
         self.calls["made"] += await asyncio.to_thread(_merge, self._images[key][:layers], directory)

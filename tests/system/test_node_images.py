@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from dadi.errors import Conflict, NotFound, Unavailable
+from dadi.errors import Conflict, NotFound, StoreFull, Unavailable
+from dadi.node import images as images_module
 from dadi.node import kernel
 from dadi.node.config import SnapshotterConfig
 from dadi.node.node import Node
@@ -56,15 +58,16 @@ async def test_each_prefix_of_the_layers_is_mounted_as_an_image_of_its_own(
         assert await tree(two) == {"b": b"middle b", "dir/y": b"y"}
         assert await tree(three) == {"a": b"top a", "b": b"middle b", "dir/y": b"y"}
         assert await node.images.mount(key, 2) == two, "made once"
-        with pytest.raises(NotFound, match="has 3 layers, not 4"):
+        with pytest.raises(Conflict, match="has 3 layers, not 4"):
             await node.images.mount(key, 4)
         assert await node.images.usage(key, 0) > 0
 
 
 async def test_a_release_waits_for_who_uses_it_and_then_leaves_nothing(tmp_path: Path, registry: FakeRegistry) -> None:
-    async with running(tmp_path / "superpeer", registry.host) as run, node_of(
-        tmp_path, run.url, snapshotter=NOW
-    ) as node:
+    async with (
+        running(tmp_path / "superpeer", registry.host) as run,
+        node_of(tmp_path, run.url, snapshotter=NOW) as node,
+    ):
         key = await app(node, registry)
         directory = Path(await node.images.mount(key, 2))
         with (directory / "b").open("rb"):
@@ -80,7 +83,7 @@ async def test_a_release_waits_for_who_uses_it_and_then_leaves_nothing(tmp_path:
         await node.images.keep_only(set())
         assert node.store.statistics()["held"] == 0
         assert list((tmp_path / "node/state/images").iterdir()) == []
-        with pytest.raises(NotFound, match="pull it again"):
+        with pytest.raises(Conflict, match="pull it again"):
             await node.images.mount(key, 2)
 
 
@@ -111,12 +114,114 @@ async def test_a_manifest_that_the_client_names_is_believed_rather_than_the_tag(
         assert len(pinned.chain_ids) == 3
 
 
-async def test_an_image_that_somebody_else_unmounted_is_an_error_that_says_so(
+async def test_an_image_that_somebody_else_unmounted_is_mounted_again(
     tmp_path: Path, registry: FakeRegistry
 ) -> None:
     async with running(tmp_path / "superpeer", registry.host) as run, node_of(tmp_path, run.url) as node:
         key = await app(node, registry)
         directory = await node.images.mount(key, 1)
         await in_thread(lambda: kernel.umount(directory))
-        with pytest.raises(Conflict, match="unmounted by somebody else"):
-            await node.images.mount(key, 1)
+        assert await node.images.mount(key, 1) == directory
+        assert await tree(directory) == {"a": b"base a", "b": b"base b", "dir/x": b"x"}
+
+
+async def test_an_image_whose_record_is_lost_is_resolved_again_from_what_its_snapshot_says(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    reference = f"{registry.host}/team/app:1"
+    async with running(tmp_path / "superpeer", registry.host) as run:
+        async with node_of(tmp_path, run.url) as node:
+            key = await app(node, registry)
+        (record,) = (tmp_path / "node/state/images").iterdir()
+        record.write_bytes(b"{rotten")
+        (tmp_path / "node/state/images/half.json.1-1.new").touch()
+        async with node_of(tmp_path, run.url) as node:
+            assert list((tmp_path / "node/state/images").iterdir()) == []
+            with pytest.raises(Conflict, match="not known"):
+                await node.images.mount(key, 2)
+            directory = await node.images.mount(key, 2, reference)
+            assert await tree(directory) == {"b": b"middle b", "dir/y": b"y"}
+            assert record.exists()
+
+
+async def test_an_image_whose_index_was_made_anew_keeps_its_old_key_if_its_layers_are_the_same(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    reference, old = f"{registry.host}/team/app:1", "sha256:" + "0" * 64
+    async with running(tmp_path / "superpeer", registry.host) as run:
+        async with node_of(tmp_path, run.url, snapshotter=NOW) as node:
+            chain = (await node.images.resolve(reference, None, [])).chain_ids
+            with pytest.raises(Conflict, match="other layers by now"):
+                await node.images.mount(old, 2, reference, None, chain[0])
+            with pytest.raises(Unavailable, match="cannot mount"):
+                await node.images.mount(old, 2, f"{registry.host}/team/none:1", None, chain[1])
+            directory = await node.images.mount(old, 2, reference, None, chain[1])
+            assert "0000-2" in directory
+            await node.images.keep_only({old})
+        async with node_of(tmp_path, run.url) as node:
+            assert await node.images.mount(old, 2) == directory
+            assert await tree(directory) == {"b": b"middle b", "dir/y": b"y"}
+            assert await node.images.usage(old, 1) > 0
+
+
+async def test_what_was_resolved_just_now_is_kept_even_if_nothing_was_asked(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    async with (
+        running(tmp_path / "superpeer", registry.host) as run,
+        node_of(tmp_path, run.url, snapshotter=SnapshotterConfig(keep_idle=1000)) as node,
+    ):
+        key = await app(node, registry)
+        node.images._touched[key] -= 2000
+        assert await app(node, registry) == key
+        await node.images.keep_only(set())
+        assert await node.images.usage(key, 0) >= 0
+        node.images._touched[key] -= 2000
+        await node.images.keep_only(set())
+        assert node.images._names == {}
+        assert node.store.statistics()["held"] == 0
+
+
+async def test_tags_of_one_image_that_are_resolved_at_once_hold_it_once(tmp_path: Path, registry: FakeRegistry) -> None:
+    registry.add_image("team/app", "2", [BASE, MIDDLE, TOP])
+    async with (
+        running(tmp_path / "superpeer", registry.host) as run,
+        node_of(tmp_path, run.url, snapshotter=NOW) as node,
+    ):
+        tags = [f"{registry.host}/team/app:{tag}" for tag in (1, 2, 1)]
+        one, *others = await asyncio.gather(*(node.images.resolve(tag, None, []) for tag in tags))
+        assert others == [one, one]
+        held = node.store.statistics()["held"]
+        assert held >= 5, "index, metadata, and the indexes of three layers"
+        await node.images.keep_only({one.key})
+        assert node.store.statistics()["held"] == held
+        await node.images.keep_only(set())
+        assert node.store.statistics()["held"] == 0
+
+
+async def test_a_record_that_cannot_be_written_leaves_nothing_held_and_is_not_tried_at_once_again(
+    tmp_path: Path, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes = []
+
+    def full(path: Path, _: bytes) -> None:
+        writes.append(path)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(images_module, "write_durably", full)
+    async with running(tmp_path / "superpeer", registry.host) as run, node_of(tmp_path, run.url) as node:
+        for _ in range(3):
+            with pytest.raises(StoreFull):
+                await app(node, registry)
+        assert len(writes) == 1
+        assert node.store.statistics()["held"] == 0
+        assert (node.images._images, node.images._indexes, node.images._held) == ({}, {}, {})
+
+
+async def test_a_directory_that_is_not_empty_is_a_conflict(tmp_path: Path, registry: FakeRegistry) -> None:
+    async with running(tmp_path / "superpeer", registry.host) as run, node_of(tmp_path, run.url) as node:
+        key = await app(node, registry)
+        directory = node.images._directory(key, 1)
+        (directory / "x").mkdir(parents=True)
+        with pytest.raises(Conflict, match="not empty"):
+            await node.images.release(key, 1)

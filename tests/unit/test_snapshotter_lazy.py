@@ -376,7 +376,7 @@ async def test_a_prepare_that_is_cancelled_while_resolving_leaves_nothing_and_do
     tasks = [
         asyncio.create_task(world.snapshots.prepare(f"k{number}", "", labels_for(CHAIN[0], REF))) for number in range(3)
     ]
-    await until(lambda: world.images.calls["resolve"] == 1)
+    await until(lambda: world.images.calls["resolve"] == 1 and world.snapshots.lazy._resolving.joined == 2)
     await cancelled(tasks[0])
     world.images.gate.set()
     done = await asyncio.gather(*tasks[1:], return_exceptions=True)
@@ -439,6 +439,73 @@ async def test_a_node_whose_directory_cannot_be_an_option_is_refused(
     with pytest.raises(Exception, match="cannot be a lower directory"):
         await world.snapshots.prepare("container", names[-1], {})
     assert world.directories() == []
+
+
+async def test_a_mount_is_told_from_what_its_image_can_be_resolved_again(world: World) -> None:
+    with pytest.raises(AlreadyExists):
+        await world.snapshots.prepare("ns/1/extract", "", labels_for(CHAIN[0], REF, "sha256:m"))
+    (info,) = await world.snapshots.list([])
+    await world.snapshots.prepare("container", info.name, {})
+    assert world.images.origins == [(REF, "sha256:m", CHAIN[0])]
+
+
+async def test_a_release_that_fails_by_a_fault_stops_neither_the_others_nor_the_sweeps(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = await world.pull(CHAIN[:2])
+    for name in names:
+        await world.snapshots.prepare(f"on {name}", name, {})
+        await world.snapshots.remove(f"on {name}")
+    release = world.images.release
+
+    async def broken(key: str, layers: int) -> None:
+        if layers == 1:
+            raise OSError(16, "busy")
+        await release(key, layers)
+
+    monkeypatch.setattr(world.images, "release", broken)
+    world.images.kept = None
+    with capture_logs() as logs:
+        await world.snapshots.cleanup()
+    assert [row["exc_info"].errno for row in logs if row.get("exc_info")] == [16]
+    assert [Path(name).name[-2:] for name in world.images.mounted] == ["-1"]
+    assert world.images.kept == {world.images.key(REF)}
+
+
+async def test_sweeps_go_on_after_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    swept = asyncio.Event()
+    calls = []
+
+    async def broken(self: Snapshots) -> None:
+        calls.append(self)
+        if len(calls) == 1:
+            raise RuntimeError("a fault")
+        swept.set()
+
+    monkeypatch.setattr(Snapshots, "cleanup", broken)
+    with capture_logs() as logs:
+        snapshots = await Snapshots.open(tmp_path, NoImages(), Fallbacks(), sweep_every=0)
+        await asyncio.wait_for(swept.wait(), 5)
+        await snapshots.close()
+    assert logs[0]["exc_info"]
+
+
+async def test_a_layer_does_not_wait_for_ever_for_its_image_nor_the_next_one_anew(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.images.gate = asyncio.Event()
+    monkeypatch.setattr("dadi.snapshotter.lazy_layers.PATIENCE", 0.01)
+    await world.snapshots.prepare("k0", "", labels_for(CHAIN[0], REF))
+    assert "still not resolved" in world.why()
+    monkeypatch.setattr("dadi.snapshotter.lazy_layers.PATIENCE", 600.0)
+    world.snapshots.lazy._clock = lambda: asyncio.get_running_loop().time() + 700
+    await world.snapshots.prepare("k1", "", labels_for(CHAIN[0], REF))
+    assert world.images.calls["resolve"] == 1
+    world.images.gate.set()
+    await until(lambda: not world.snapshots.lazy._resolving_since)
+    for key in ("k0", "k1"):
+        await world.snapshots.remove(key)
+    await world.pull(CHAIN)
 
 
 async def test_closing_ends_what_is_under_way(world: World) -> None:
