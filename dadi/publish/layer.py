@@ -101,7 +101,7 @@ async def packed(
                 index = await build.build(pieces, source, sink, limits=limits, on_progress=part)
             return await asyncio.to_thread(lambda: _encoded(*sink.finish(index))), sink.path
         finally:
-            await asyncio.to_thread(sink.close)
+            sink.close()  # here, not in a thread: whoever is cancelled twice would leave it open
 
     made, path = await _first(wanted, origins, progress, once)
     return msgspec.structs.replace(made, seconds=time.monotonic() - begin), path
