@@ -28,59 +28,15 @@ from dadi.oci import media_types as types
 from dadi.oci.config import RegistryConfig
 from dadi.oci.credentials import Credentials, FixedCredentials
 from dadi.oci.manifest import Descriptor
-from dadi.oci.reference import Reference
 from dadi.oci.referrers import fallback_tag
 from dadi.oci.registry import RegistryClient
+from tests.fakes.clients import MakeClient, ref
 from tests.fakes.registry import FakeRegistry, FakeTime, Fault, redirect, status
 
 DATA = random.Random(2).randbytes(3_000_000)
 DIGEST = digests.of(DATA)
 SECRET = Credentials("me", "secret")
 KIND = "application/vnd.example.kind"
-
-MakeClient = Callable[..., RegistryClient]
-
-
-@pytest.fixture
-def time() -> FakeTime:
-    return FakeTime()
-
-
-@pytest.fixture
-async def registry() -> AsyncIterator[FakeRegistry]:
-    async with FakeRegistry() as running:
-        yield running
-
-
-@pytest.fixture
-async def other() -> AsyncIterator[FakeRegistry]:
-    async with FakeRegistry() as running:
-        yield running
-
-
-@pytest.fixture
-async def make(time: FakeTime, registry: FakeRegistry, other: FakeRegistry) -> AsyncIterator[MakeClient]:
-    made: list[RegistryClient] = []
-
-    def make(credentials: dict[str, Credentials] | None = None, **config: Any) -> RegistryClient:
-        config.setdefault("plain_http", (registry.host, other.host))
-        config.setdefault("read_timeout", 10.0)
-        client = RegistryClient(RegistryConfig(**config), credentials=FixedCredentials(credentials), clock=time.clock())
-        made.append(client)
-        return client
-
-    yield make
-    for client in made:
-        await client.close()
-
-
-@pytest.fixture
-def client(make: MakeClient) -> RegistryClient:
-    return make()
-
-
-def ref(registry: FakeRegistry, rest: str = "team/app:1") -> Reference:
-    return Reference.parse(f"{registry.host}/{rest}")
 
 
 class Source:
