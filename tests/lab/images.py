@@ -46,7 +46,7 @@ def debian_python(cache: Path = CACHE, report: Report = lambda text: None, *, zs
     def build(layout: Path, lab: Lab) -> None:
         made = debian.DebianTree(lab.root / "tree", lab.root, cache / "downloads", lab.environment)
         made.root.mkdir()
-        steps = _Steps(layout, made.root)
+        steps = Steps(layout, made.root)
         report("installing Debian's minimal system and Python (debootstrap)")
         made.bootstrap()
         steps.layer()
@@ -62,7 +62,7 @@ def debian_python(cache: Path = CACHE, report: Report = lambda text: None, *, zs
         steps.layers[-1] = steps.layout.recompress(steps.layers[-1], "zstd")
         steps.image("latest", ["/usr/bin/python3", "/app/main.py"])
 
-    directory = _cached(cache, "debian-python", [debian.codename(), *_sources(debian)], build)
+    directory = cached(cache, "debian-python", [debian.codename(), *sources(debian)], build)
     return oci_layout.load(directory, "latest" if zstd else "gzip")
 
 
@@ -72,7 +72,7 @@ def host_python(cache: Path = CACHE) -> Image:
     def build(layout: Path, lab: Lab) -> None:
         root = lab.root / "tree"
         root.mkdir()
-        steps = _Steps(layout, root, "fast-gzip")
+        steps = Steps(layout, root, "fast-gzip")
         host.copy_shell(root)
         steps.layer()
         interpreter = host.copy_python(root)
@@ -82,7 +82,7 @@ def host_python(cache: Path = CACHE) -> Image:
         steps.layer()
         steps.image("latest", [interpreter, "/app/main.py"])
 
-    directory = _cached(cache, "host-python", [sys.base_prefix, sys.version, *_sources(host)], build)
+    directory = cached(cache, "host-python", [sys.base_prefix, sys.version, *sources(host)], build)
     return oci_layout.load(directory, "latest")
 
 
@@ -169,7 +169,7 @@ def _synthetic_layer(
         add(f"data/{number}/{index}", content(share))
 
 
-class _Steps:
+class Steps:
     """Turns the states of a growing tree into layers."""
 
     def __init__(self, directory: Path, root: Path, compression: Compression = "gzip") -> None:
@@ -188,7 +188,8 @@ class _Steps:
         self.layers.append(writer.result)
         self._before = after
 
-    def image(self, tag: str, command: list[str]) -> None:
+    def image(self, tag: str, command: list[str], *, first_line: str = "") -> None:
+        """Tag the layers so far. `first_line`: what the program says first; without, as tests/lab/program.py does."""
         size, files = tree.size_and_count(self._before)
         image = self.layout.add_image(
             tag,
@@ -198,7 +199,7 @@ class _Steps:
             unpacked_size=size,
             files=files,
             architecture=ARCHITECTURE,
-            facts={"first_line": program.first_line()},
+            facts={"first_line": first_line or program.first_line()},
         )
         oci_layout.save([image])
 
@@ -210,7 +211,7 @@ def _add_program(root: Path) -> None:
     (app / "rows.csv").write_text("".join(f"{program.row(n)}\n" for n in range(1, program.ROWS + 1)))
 
 
-def _cached(cache: Path, name: str, key: Sequence[str], build: Callable[[Path, Lab], None]) -> Path:
+def cached(cache: Path, name: str, key: Sequence[str], build: Callable[[Path, Lab], None]) -> Path:
     """Return the directory of the layout that `build` makes from what `key` says; builds it when there is none yet."""
     digest = hashlib.sha256("\0".join(key).encode()).hexdigest()[:12]
     cache.mkdir(parents=True, exist_ok=True)
@@ -228,7 +229,7 @@ def _cached(cache: Path, name: str, key: Sequence[str], build: Callable[[Path, L
     return directory
 
 
-def _sources(*modules: ModuleType) -> list[str]:
+def sources(*modules: ModuleType) -> list[str]:
     """Return the source texts that decide what an image holds."""
     files = [__file__, *(str(m.__file__) for m in (oci_layout, tree, program, *modules))]
     return [Path(file).read_text() for file in files]

@@ -26,8 +26,9 @@ from dadi.oci.registry import RegistryClient
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.lab import images
 from tests.lab.cleanup import Lab, leak_check
+from tests.lab.containerd import Containerd
 from tests.lab.oci_layout import Image
-from tests.lab.processes import LabFailed, Node, Process
+from tests.lab.processes import LabFailed, Node
 from tests.lab.registry import DockerRegistry
 from tests.lab.services import tar_of
 
@@ -51,40 +52,14 @@ def dadi(lab: Lab, *arguments: str, check: bool = True) -> subprocess.CompletedP
     return done
 
 
-class Containerd(Process):
-    """A containerd of our own, configured with what `dadi containerd-config` prints, or not at all (`snapshotter`)."""
-
-    def __init__(
-        self, lab: Lab, name: str, snapshotter: Path | None, root: Path = Path("/nowhere"), *options: str
-    ) -> None:
-        self._lab = lab
-        directory = lab.root / name
-        directory.mkdir()
-        self.socket = directory / "sock"
-        text = "version = 2\n"
-        if snapshotter is not None:
-            places = ["--socket", str(snapshotter), "--root", str(root)]
-            text = dadi(lab, "containerd-config", *places, *options).stdout
-        disabled = ["io.containerd.internal.v1.opt", *(() if "--cri" in options else ["io.containerd.grpc.v1.cri"])]
-        config = directory / "config.toml"
-        config.write_text(
-            f'root = "{directory / "root"}"\nstate = "{directory / "state"}"\n'
-            f"disabled_plugins = {json.dumps(disabled)}\n"
-            f'{text}\n[grpc]\naddress = "{self.socket}"\n'
-            '[plugins."io.containerd.gc.v1.scheduler"]\nstartup_delay = "10ms"\nschedule_delay = "0ms"\n'
-        )
-        super().__init__(lab, name, ["containerd", "--config", str(config)])
-        self.wait_until(lambda: self.socket.exists() and self.ctr("version", check=False).returncode == 0)
-
-    def ctr(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        command = ["ctr", "--address", str(self.socket), *arguments]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=self._lab.environment, timeout=TIMEOUT,
-            stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        if check and done.returncode != 0:
-            raise LabFailed(f"ctr {' '.join(arguments)}: {done.stderr.strip()}\n{self.tail()}")
-        return done
+def containerd(lab: Lab, name: str, snapshotter: Path | None, root: Path = Path("/nowhere"), *,
+               cri: bool = False) -> Containerd:  # fmt: skip
+    """Start containerd, configured with what `dadi containerd-config` prints, or without dadi (no `snapshotter`)."""
+    config = ""
+    if snapshotter is not None:
+        places = ["--socket", str(snapshotter), "--root", str(root)]
+        config = dadi(lab, "containerd-config", *places, *(["--cri"] if cri else [])).stdout
+    return Containerd(lab, name=name, config=config, tidy=True, cri=cri)
 
 
 class Machine:
@@ -102,7 +77,7 @@ class Machine:
         host = json.dumps([self.registry.host])
         sections = f"[registry]\nallowed = {host}\nplain_http = {host}\n{SNAPSHOTTER}[backfill]\nenabled = false\n"
         self.node = Node(lab, sections=sections)
-        self.containerd = Containerd(lab, "c", self.node.socket.parent / "snapshotter.sock", self.node.state)
+        self.containerd = containerd(lab, "c", self.node.socket.parent / "snapshotter.sock", self.node.state)
         self._names = itertools.count()
         self.namespace = ""
 
@@ -379,7 +354,7 @@ def test_doctor_and_pull_say_what_is_missing(machine: Machine, reference: str) -
     assert found["snapshotter's socket"]["ok"]
     assert rows(machine.lab.root / "nothing")["containerd"]["ok"], "a machine without containerd lacks nothing"
 
-    plain = Containerd(machine.lab, "plain", None)
+    plain = containerd(machine.lab, "plain", None)
     try:
         said = rows(plain.socket)["containerd knows dadi"]
         assert said["ok"], "one may use dadi without containerd"
@@ -397,7 +372,7 @@ def test_doctor_and_pull_say_what_is_missing(machine: Machine, reference: str) -
 
 
 def test_without_the_node_a_pull_fails_and_says_so(machine: Machine, reference: str) -> None:
-    silent = Containerd(machine.lab, "silent", machine.lab.root / "no.sock")
+    silent = containerd(machine.lab, "silent", machine.lab.root / "no.sock")
     try:
         done = dadi(machine.lab, "doctor", "--json", "--containerd-address", str(silent.socket), check=False)
         found = {row["name"]: row for row in json.loads(done.stdout)}
@@ -420,14 +395,14 @@ async def cri(containerd: Containerd, method: str) -> bytes:
 async def test_kubernetes_sees_what_was_pulled_for_it(machine: Machine, reference: str) -> None:
     lab, node = machine.lab, machine.node
     snapshotter = node.socket.parent / "snapshotter.sock"
-    containerd = await asyncio.to_thread(Containerd, lab, "cri", snapshotter, node.state, "--cri")
+    served = await asyncio.to_thread(containerd, lab, "cri", snapshotter, node.state, cri=True)
     command = ["pull", reference, "--plain-http", "--namespace", "k8s.io", "--containerd-address"]
-    await asyncio.to_thread(dadi, lab, *command, str(containerd.socket))
+    await asyncio.to_thread(dadi, lab, *command, str(served.socket))
     async with asyncio.timeout(TIMEOUT):
-        while reference.encode() not in await cri(containerd, "ListImages"):
+        while reference.encode() not in await cri(served, "ListImages"):
             await asyncio.sleep(0.02)  # it learns of it by an event
-    doctor = ["doctor", "--json", "--containerd-address", str(containerd.socket)]
+    doctor = ["doctor", "--json", "--containerd-address", str(served.socket)]
     done = await asyncio.to_thread(dadi, lab, *doctor, check=False)
     (row,) = [row for row in json.loads(done.stdout) if "CRI" in row["name"]]
     assert (row["ok"], row["detail"]) == (True, "yes, with dadi")
-    await asyncio.to_thread(containerd.stop)
+    await asyncio.to_thread(served.stop)

@@ -34,7 +34,8 @@ from tests.contracts.snapshots import (
 from tests.fakes.lazy_images import chain_ids, labels_for
 from tests.lab import images
 from tests.lab.cleanup import Lab, leak_check
-from tests.lab.processes import LabFailed, Process
+from tests.lab.containerd import Containerd
+from tests.lab.processes import Process
 from tests.lab.registry import DockerRegistry
 
 pytestmark = [pytest.mark.root, pytest.mark.programs("containerd", "ctr", "runc", "docker-registry", "skopeo")]
@@ -84,36 +85,9 @@ class Snapshotter(Process):
         return True
 
 
-class Containerd(Process):
-    """containerd with ours as the proxy plugin `dadi`; its directory is kept when it is started again."""
-
-    def __init__(self, lab: Lab) -> None:
-        self._lab = lab
-        self.directory = lab.root / "containerd"
-        self.directory.mkdir(exist_ok=True)
-        self.socket = self.directory / "sock"
-        config = self.directory / "config.toml"
-        config.write_text(
-            f'version = 2\nroot = "{self.directory / "root"}"\nstate = "{self.directory / "state"}"\n'
-            'disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]\n'
-            f'[grpc]\naddress = "{self.socket}"\n'
-            f'[proxy_plugins.dadi]\ntype = "snapshot"\naddress = "{lab.root}/dadi/sock"\n'
-            '[plugins."io.containerd.gc.v1.scheduler"]\nstartup_delay = "10ms"\nschedule_delay = "0ms"\n'
-            "deletion_threshold = 1\n"
-        )
-        super().__init__(lab, "containerd", ["containerd", "--config", str(config)])
-        self.wait_until(lambda: self.socket.exists() and self.run("version", check=False).returncode == 0)
-
-    def run(self, *arguments: str, check: bool = True, timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
-        """Run ctr against it."""
-        command = ["ctr", "--address", str(self.socket), *arguments]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=self._lab.environment, timeout=timeout,
-            stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        if check and done.returncode != 0:
-            raise LabFailed(f"ctr {' '.join(arguments)}: {done.stderr.strip()}\n{self.tail()}")
-        return done
+def containerd(lab: Lab) -> Containerd:
+    """Start containerd with ours as the proxy plugin `dadi`."""
+    return Containerd(lab, snapshotter=lab.root / "dadi/sock", tidy=True)
 
 
 class Machine:
@@ -122,7 +96,7 @@ class Machine:
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
         self.ours = Snapshotter(lab)
-        self.containerd = Containerd(lab)
+        self.containerd = containerd(lab)
         self._namespaces = itertools.count()
         self.namespace = ""
 
@@ -131,7 +105,7 @@ class Machine:
 
     def ctr(self, *arguments: str) -> str:
         """Run ctr in the test's namespace; return what it printed."""
-        return self.containerd.run("--namespace", self.namespace, *arguments).stdout
+        return self.containerd.ctr("--namespace", self.namespace, *arguments).stdout
 
     @contextlib.asynccontextmanager
     async def client(self, snapshotter: str = "dadi") -> AsyncIterator[Client]:
@@ -165,7 +139,7 @@ class Machine:
         """Start ours anew, and wait until containerd has noticed: it dials again every 1 to 3 seconds."""
         self.ours = Snapshotter(self.lab)
         command = ("--namespace", self.namespace, "snapshots", "--snapshotter", "dadi", "ls")
-        self.ours.wait_until(lambda: self.containerd.run(*command, check=False).returncode == 0)
+        self.ours.wait_until(lambda: self.containerd.ctr(*command, check=False).returncode == 0)
 
     def end(self, name: str) -> None:
         """End a container's task; its snapshot stays."""
@@ -326,7 +300,7 @@ def test_containers_live_through_restarts_of_ours_and_of_containerd(machine: Mac
     assert machine.run(reference, "c3", "cat", "/var/log/second") == "in a fresh directory\n"
 
     machine.containerd.stop()
-    machine.containerd = Containerd(machine.lab)
+    machine.containerd = containerd(machine.lab)
     assert machine.ctr("task", "exec", "--exec-id", "e2", "c1", "cat", "/tmp/f") == "written"
     assert machine.snapshots() == before
     assert machine.run(reference, "c4", "cat", "/var/log/second") == "in a fresh directory\n"
