@@ -1,4 +1,7 @@
-"""What a superpeer brings for nobody, and what it holds while it does: bounded, behind demand, and not for ever."""
+"""What a superpeer brings for nobody, and what it holds while it does: bounded, behind demand, and not for ever.
+
+Longer than 400 lines: each of these bad days needs the same superpeer, registry and image, made below.
+"""
 
 from __future__ import annotations
 

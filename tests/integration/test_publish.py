@@ -1,4 +1,7 @@
-"""`dadi index` against a real registry, and what happens when the registry or the image does not play along."""
+"""`dadi index` against a real registry, and what happens when the registry or the image does not play along.
+
+Longer than 400 lines: one capability and its faults, on one set of fixtures.
+"""
 
 from __future__ import annotations
 

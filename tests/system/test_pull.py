@@ -1,4 +1,7 @@
-"""`dadi pull` with Debian's containerd and runc and a real node: pull, run, again, not lazy, given up, collected."""
+"""`dadi pull` with Debian's containerd and runc and a real node: pull, run, again, not lazy, given up, collected.
+
+A little longer than 400 lines: the machine that all of it runs on is started once.
+"""
 
 from __future__ import annotations
 

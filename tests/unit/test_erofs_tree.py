@@ -1,4 +1,7 @@
-"""Merging layers into one tree: what later layers do to earlier ones, and what is refused."""
+"""Merging layers into one tree: what later layers do to earlier ones, and what is refused.
+
+Longer than 400 lines: one rule of the image specification after the other.
+"""
 
 from __future__ import annotations
 

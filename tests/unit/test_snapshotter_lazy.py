@@ -1,4 +1,7 @@
-"""Lazy layers: when they are made, what stands on them, when images are mounted and released, and bad days."""
+"""Lazy layers: when they are made, what stands on them, when images are mounted and released, and bad days.
+
+Longer than 400 lines: the life of a lazy layer from Prepare to its release, in that order.
+"""
 
 from __future__ import annotations
 
