@@ -69,6 +69,30 @@ class AccessDenied(DadiError):
     errno = _errno.EACCES
 
 
+class TokenRefused(AccessDenied):
+    """No token was shown where one is needed, or one that has expired, was revoked, or that nobody we know has signed.
+
+    Who has a right to the blob gets a new token from its superpeer, and asks again.
+    """
+
+    code = "token-refused"
+    status = 401
+
+
+class LoginRequired(AccessDenied):
+    """The registry wants credentials, or others than those that were shown.
+
+    `challenge` is how it asked for them: the WWW-Authenticate header of its answer.
+    """
+
+    code = "login-required"
+    status = 401
+
+    def __init__(self, message: str, *, hint: str | None = None, challenge: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.challenge = challenge
+
+
 class RegistryNotAllowed(AccessDenied):
     """The configuration does not allow this registry to be contacted at all."""
 
@@ -119,6 +143,15 @@ class Unavailable(DadiError):
     def __init__(self, message: str, *, retry_after: float | None = None, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.retry_after = retry_after
+
+
+class Unreachable(Unavailable):
+    """Nothing came from a machine of ours: refused, timed out, cut off. Somebody else may be asked in its stead.
+
+    Other `Unavailable` are its answer: it is up, and something behind it is not.
+    """
+
+    code = "unreachable"
 
 
 class StoreFull(DadiError):

@@ -13,25 +13,26 @@ Longer than most files here, since every line shares the one state; what touches
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import itertools
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+import msgspec
 import structlog
 
 from dadi import digest as digests
+from dadi import locks
 from dadi.blobs import files
 from dadi.blobs.files import NO_SPACE, RAISE_LIMIT, DiskIngest, full_or_broken
 from dadi.blobs.layout import BlobDirectory, padded, sync_directory
 from dadi.blobs.source import Urgency
-from dadi.errors import Conflict, DadiError, DigestMismatch, Malformed, NotFound, StoreFull
+from dadi.errors import DadiError, DigestMismatch, Malformed, NotFound, StoreFull
 from dadi.index.chunks import Blob, blob_of
 
 log = structlog.get_logger()
@@ -57,6 +58,8 @@ class _Stored:
         self.holds = 0
         self.refused = False
         """Its chunk table lied: nothing by that table is kept any more."""
+        self.in_doubt = False
+        """Its file of claims says more than is known to be true, and cannot be written."""
         self.used_at = 0.0
         self.bytes = blob.size if self.complete else self._count_bytes()
 
@@ -86,6 +89,14 @@ class DeviceFile:
         self.path = stored.directory.data
 
 
+class Room(msgspec.Struct, frozen=True):
+    """An answer of `DiskBlobs.room`. `free` bytes now; `evicted`: (digest, bytes) that would go, the oldest first."""
+
+    free: int
+    evicted: tuple[tuple[str, int], ...]
+    enough: bool
+
+
 class DiskBlobs:
     """See the head of this file, and `BlobStore` for the contract. `limit` in bytes, 0 for none."""
 
@@ -113,13 +124,7 @@ class DiskBlobs:
         # Blobs come into being one after the other, so that no two writers make the same one.
         self._changing = asyncio.Lock()
         (root / "blobs").mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            hint = "two daemons need two state directories"
-            raise Conflict(f"{root} is used by another process", hint=hint) from None
+        self._lock = locks.take(root, "two daemons need two state directories")
         self._load()
 
     def __repr__(self) -> str:
@@ -159,7 +164,7 @@ class DiskBlobs:
         await asyncio.to_thread(self._threads.shutdown)
         await asyncio.to_thread(self._removals.shutdown)
         await asyncio.to_thread(self._sync_all, [s for s in self._blobs.values() if not s.complete])
-        os.close(self._lock)
+        self._lock.release()
 
     def _sync_all(self, partial: list[_Stored]) -> None:
         clean = True
@@ -171,10 +176,13 @@ class DiskBlobs:
                 clean = False
                 log.warning("could not sync a blob", blob=stored.blob.digest, why=str(error))
             # Claims that nobody has looked at must not become facts by this stop.
-            clean = clean and not stored.claimed
+            clean = clean and not stored.claimed and not stored.in_doubt
         if clean:
-            (self.root / "running").unlink(missing_ok=True)
-            sync_directory(self.root)
+            try:
+                (self.root / "running").unlink(missing_ok=True)
+                sync_directory(self.root)
+            except OSError as error:
+                log.warning("could not say that this stop was clean", root=str(self.root), why=str(error))
 
     async def _run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         self._loop = asyncio.get_running_loop()
@@ -234,7 +242,8 @@ class DiskBlobs:
 
     async def _verify_claims(self, stored: _Stored, chunks: range) -> None:
         claims = sorted(stored.claimed.intersection(chunks))
-        good = await self._run(files.hash_again, stored.directory, stored.blob, claims)
+        good, written = await self._run(files.hash_again, stored.directory, stored.blob, claims)
+        stored.in_doubt |= not written
         for chunk in claims:
             if chunk not in stored.claimed:
                 continue  # somebody else looked meanwhile
@@ -465,6 +474,27 @@ class DiskBlobs:
             yield
         finally:
             self._coming -= more
+
+    def digests(self) -> list[str]:
+        """Return all blobs that are here in whole or in part, in no order."""
+        return list(self._blobs)
+
+    async def room(self, more: int, keep: Collection[str] = ()) -> Room:
+        """Say whether `more` bytes would fit, and what would be evicted for them; evict nothing.
+
+        `keep`: digests of blobs that the bytes are wanted together with.
+        """
+        disk = (await self._run(shutil.disk_usage, self.root)).free
+        free = min(disk, self.limit - self._bytes - self._coming) if self.limit else disk
+        victims: list[tuple[str, int]] = []
+        gain = 0
+        loose = (stored for stored in self._blobs.values() if not stored.holds and stored.blob.digest not in keep)
+        for stored in sorted(loose, key=lambda stored: stored.used_at):
+            if free + gain >= more:
+                break
+            victims.append((stored.blob.digest, stored.bytes))
+            gain += stored.bytes
+        return Room(max(0, free), tuple(victims), free + gain >= more)
 
     def _make_room_from_thread(self) -> bool:
         """For an ingest that met a full disk: evict one blob; False if there is none to evict."""

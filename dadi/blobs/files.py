@@ -116,8 +116,11 @@ def write_chunks(directory: BlobDirectory, blob: Blob, first: int, parts: list[b
         os.close(fd)
 
 
-def hash_again(directory: BlobDirectory, blob: Blob, claims: list[int]) -> set[int]:
-    """Return which of the claimed chunks are what they should be; withdraw the claims of the others."""
+def hash_again(directory: BlobDirectory, blob: Blob, claims: list[int]) -> tuple[set[int], bool]:
+    """Return which of the claimed chunks are what they should be; withdraw the claims of the others.
+
+    Also returns whether that could be written: on a disk that is read-only by now such claims stay, and stay claims.
+    """
     good = set()
     for chunk in claims:
         try:
@@ -127,14 +130,18 @@ def hash_again(directory: BlobDirectory, blob: Blob, claims: list[int]) -> set[i
             continue
         good.add(chunk)
     bad = [chunk for chunk in claims if chunk not in good]
-    if bad:
-        fd = os.open(directory.present, os.O_WRONLY)
-        try:
-            for chunk in bad:
-                os.pwrite(fd, b"\0", chunk)
-        finally:
-            os.close(fd)
-    return good
+    try:
+        if bad:
+            fd = os.open(directory.present, os.O_WRONLY)
+            try:
+                for chunk in bad:
+                    os.pwrite(fd, b"\0", chunk)
+            finally:
+                os.close(fd)
+    except OSError as error:
+        log.warning("could not write down that chunks are bad", directory=str(directory.path), why=str(error))
+        return good, False
+    return good, True
 
 
 def hash_and_sync(directory: BlobDirectory, size: int) -> str:

@@ -10,14 +10,18 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dadi.blobs.chain import Chain
 from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.layout import BlobDirectory
 from dadi.errors import Conflict, DigestMismatch, NotFound, StoreFull, Unavailable
+from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob, blob_of
 from tests.contracts.store import LIMIT, C, StoreContract, content, parts_of, take_in
+from tests.fakes.sources import ScriptedSource
 
 
 class TestDiskStore(StoreContract):
@@ -42,7 +46,7 @@ def blob(data: bytes) -> Blob:
 
 def crash(store: DiskBlobs) -> None:
     """End a store as a killed process does: its lock goes, nothing is synced, nothing is tidied."""
-    os.close(store._lock)
+    store._lock.release()
     store._threads.shutdown()
     store._removals.shutdown()
 
@@ -91,6 +95,50 @@ async def test_what_was_found_torn_stays_missing_after_a_clean_stop(tmp_path: Pa
         await again.close()
 
 
+async def test_a_bad_claim_on_a_disk_that_became_read_only_is_fetched_again_and_stays_a_claim(
+    tmp_path: Path, data: bytes, blob: Blob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = DiskBlobs(tmp_path)
+    await killed.keep(blob, 0, [data[:C]])
+    with killed.data_path(blob).open("r+b") as file:
+        file.write(b"torn")
+    crash(killed)
+    store = DiskBlobs(tmp_path)
+    chain = Chain(store, ScriptedSource((blob, data)), patience=1, fallbacks=Fallbacks())
+    real = os.open
+
+    def read_only(path: Any, flags: int, *rest: Any, **options: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+        return real(path, flags, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", read_only)
+        assert await chain.read(blob, range(1)) == [data[:C]]
+    await chain.close()
+    await store.close()
+    again = DiskBlobs(tmp_path)
+    assert await again.missing(blob, range(1)) == [0], "a clean stop makes no fact of what could not be withdrawn"
+    await again.close()
+
+
+async def test_a_stop_on_a_read_only_disk_is_a_stop(
+    tmp_path: Path, data: bytes, blob: Blob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = DiskBlobs(tmp_path)
+    await store.keep(blob, 0, [data[:C]])
+
+    def read_only(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", read_only)
+        await store.close()
+    again = DiskBlobs(tmp_path)
+    assert again.statistics()["unverified_chunks"] == 1
+    await again.close()
+
+
 async def test_claims_that_nobody_looked_at_stay_claims_over_a_clean_stop(
     tmp_path: Path, data: bytes, blob: Blob
 ) -> None:
@@ -118,7 +166,7 @@ async def test_no_state_that_power_loss_can_leave_makes_a_wrong_byte_readable(
     if seed % 3 == 0:
         await store.finish(blob)
     crash(store)
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.copytree(tmp_path / "a", tmp_path / "b", symlinks=True)
     directory = BlobDirectory.of(tmp_path / "b", blob.digest)
     if not directory.complete.exists():
         for path in (directory.data, directory.present, directory.table):
