@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import contextlib
 import dataclasses
 
 import aiohttp
@@ -116,4 +119,13 @@ class Answer:
             return ""
         text = "; ".join(f"{problem.code} {problem.message}".strip() for problem in problems[:3])
         clean = "".join(character if character.isprintable() else " " for character in text)
-        return clean[:200]
+        return "" if _repeats(clean, self._response.request_info.headers.get("Authorization", "")) else clean[:200]
+
+
+def _repeats(text: str, authorization: str) -> bool:
+    """Whether a registry's words have what it was shown in them: they go into logs and errors."""
+    value = authorization.partition(" ")[2]
+    secrets = [value]
+    with contextlib.suppress(binascii.Error, ValueError):
+        secrets.append(base64.b64decode(value, validate=True).decode().partition(":")[2])
+    return any(secret in text for secret in secrets if secret)

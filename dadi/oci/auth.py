@@ -58,6 +58,8 @@ class _Grant:
     authorization: str | None = None
     expires: float = math.inf
     renewal: asyncio.Task[None] | None = None
+    credentials: Credentials | None = None
+    """Those that `authorization` says as they are; not those that bought a token."""
 
 
 class Authenticator:
@@ -132,17 +134,35 @@ class Authenticator:
         return grant.authorization != rejected
 
     async def _obtain(self, grant: _Grant, registry: str, scope: str) -> None:
+        repository, known = repository_in(scope), self._credentials
+        if grant.credentials is not None:
+            known.rejected(registry, repository, grant.credentials)
+            grant.credentials = None
+        credentials = await known.get(registry, repository)
+        while True:
+            try:
+                await self._obtain_with(credentials, grant, registry, scope)
+                return
+            except AccessDenied:
+                if credentials is None or not known.rejected(registry, repository, credentials):
+                    raise
+                refused, credentials = credentials, await known.get(registry, repository)
+                if credentials == refused:
+                    raise
+
+    async def _obtain_with(self, credentials: Credentials | None, grant: _Grant, registry: str, scope: str) -> None:
         assert grant.challenge is not None
-        credentials = await self._credentials.get(registry)
         began = self._transport.clock.monotonic()
         if credentials is not None and credentials.registry_token:
             grant.authorization, grant.expires = f"Bearer {credentials.registry_token}", math.inf
+            grant.credentials = credentials
         elif grant.challenge.scheme == "bearer":
             token, lifetime = await self._fetch_token(registry, grant.challenge.params, scope, credentials)
             grant.authorization = f"Bearer {token}"
             grant.expires = began + lifetime - min(10.0, lifetime / 10)
         elif credentials is not None and credentials.username:
             grant.authorization, grant.expires = credentials.basic, math.inf
+            grant.credentials = credentials
         else:
             raise AccessDenied(
                 f"{registry} wants a user name and a password, and there are none",
@@ -207,6 +227,11 @@ def wanted_scopes(asked: str, needed: str) -> list[str]:
         resource, _, of = scope.rpartition(":")
         actions.setdefault(resource, {}).update(dict.fromkeys(of.split(",")))
     return [f"{resource}:{','.join(of)}" for resource, of in actions.items()]
+
+
+def repository_in(scope: str) -> str:
+    """Return the repository that a request is for: that of the first of its scopes. See `wanted_scopes`."""
+    return scope.split(" ")[0].rpartition(":")[0].partition(":")[2]
 
 
 def _landed(grant: _Grant, task: asyncio.Task[None]) -> None:

@@ -49,3 +49,20 @@ class RegistryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mirror_rest: Annotated[float, Meta(ge=0), described("how long a mirror that failed is left alone", SECONDS)] = 60.0
     max_manifest_size: Annotated[int, Meta(gt=0), described("the largest manifest or index accepted", SIZE)] = 4 << 20
     max_config_size: Annotated[int, Meta(gt=0), described("the largest image config accepted", SIZE)] = 8 << 20
+
+
+class CredentialsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Kubelet's credential providers (`dadi/oci/kubelet.py`)."""
+
+    providers: Annotated[
+        str, described("kubelet's CredentialProviderConfig (its --image-credential-provider-config); \"\": none")
+    ] = ""
+    provider_directory: Annotated[
+        str, described("where the providers' programs are (kubelet's --image-credential-provider-bin-dir)")
+    ] = "/usr/libexec/kubernetes/kubelet-plugins/credential-provider/exec"
+    provider_timeout: Annotated[float, Meta(gt=0), described("how long a provider may take", SECONDS)] = 60.0
+
+    def __post_init__(self) -> None:
+        for path in (self.providers, self.provider_directory):
+            if path and not path.startswith("/"):
+                raise ValueError(f"{path!r} must be an absolute path")

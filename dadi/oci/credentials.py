@@ -16,21 +16,19 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import contextlib
 import os
 import re
-import signal
 from collections.abc import Mapping
 from typing import Protocol
 
 import msgspec
 
 from dadi.errors import AccessDenied, ConfigError
+from dadi.oci import helper
 from dadi.oci.reference import DOCKER_HUB
 
 _HELPER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_FILE = 4 << 20
-_MAX_ANSWER = 1 << 20
 _TOKEN_USER = "<token>"
 _HUB_KEYS = ("https://index.docker.io/v1/", "index.docker.io", "docker.io", "registry-1.docker.io")
 
@@ -56,8 +54,15 @@ class Credentials(msgspec.Struct, frozen=True):
 class CredentialSource(Protocol):
     """Where credentials come from. Asked again each time that a registry rejects what it was shown."""
 
-    async def get(self, registry: str) -> Credentials | None:
-        """Return the credentials for host[:port], None to go without; raise AccessDenied or ConfigError."""
+    async def get(self, registry: str, repository: str = "") -> Credentials | None:
+        """Return the credentials for a repository of host[:port], None to go without; raise AccessDenied, ConfigError.
+
+        Without a repository: those for the registry as a whole.
+        """
+        ...
+
+    def rejected(self, registry: str, repository: str, credentials: Credentials) -> bool:
+        """Learn that the registry does not want these; return whether `get` may now know others because of it."""
         ...
 
 
@@ -67,8 +72,13 @@ class FixedCredentials:
     def __init__(self, by_registry: Mapping[str, Credentials] | None = None) -> None:
         self._by_registry = dict(by_registry or {})
 
-    async def get(self, registry: str) -> Credentials | None:
+    async def get(self, registry: str, repository: str = "") -> Credentials | None:
+        """See `CredentialSource`."""
         return self._by_registry.get(registry)
+
+    def rejected(self, registry: str, repository: str, credentials: Credentials) -> bool:
+        """There are no others."""
+        return False
 
     def __repr__(self) -> str:
         return f"FixedCredentials({', '.join(sorted(self._by_registry))})"
@@ -109,7 +119,11 @@ class DockerCredentials:
     def __repr__(self) -> str:
         return f"DockerCredentials({self._path})"
 
-    async def get(self, registry: str) -> Credentials | None:
+    def rejected(self, registry: str, repository: str, credentials: Credentials) -> bool:
+        """There are no others: the file is read again anyway when it changes."""
+        return False
+
+    async def get(self, registry: str, repository: str = "") -> Credentials | None:
         """Return what the file or a helper knows of host[:port].
 
         Raises ConfigError if the file cannot be used, AccessDenied if a helper fails. A helper that does not know the
@@ -118,9 +132,9 @@ class DockerCredentials:
         file = await asyncio.to_thread(self._load)
         keys = _keys(registry)
         helpers = file.cred_helpers or {}
-        helper = next((helpers[key] for key in keys if key in helpers), file.creds_store)
-        if helper:
-            found = await self._ask_helper(helper, registry)
+        name = next((helpers[key] for key in keys if key in helpers), file.creds_store)
+        if name:
+            found = await self._ask_helper(name, registry)
             if found is not None:
                 return found
         auth = _find(file.auths or {}, keys)
@@ -167,7 +181,10 @@ class DockerCredentials:
             raise ConfigError(f"{self._path}: {name[:40]!r} cannot be the name of a credential helper")
         program = f"docker-credential-{name}"
         server = _HUB_KEYS[0] if registry == DOCKER_HUB else registry
-        status, output = await _run([program, "get"], server.encode() + b"\n", self._helper_timeout)
+        status, output = await helper.ask(
+            [program, "get"], server.encode() + b"\n", timeout=self._helper_timeout,
+            hint="install it, or take it out of the Docker configuration",
+        )  # fmt: skip
         if status != 0:
             if b"credentials not found" in output:
                 return None
@@ -179,6 +196,12 @@ class DockerCredentials:
         if answer.username == _TOKEN_USER:
             return Credentials(identity_token=answer.secret)
         return Credentials(answer.username, answer.secret) if answer.username else None
+
+
+def same_registry(spelt: str, registry: str) -> bool:
+    """Whether an address (host, https://host, https://host/v1/) means a registry, host[:port]."""
+    host = spelt.partition("://")[2] if "://" in spelt else spelt
+    return host.partition("/")[0].lower() in _keys(registry)
 
 
 def _keys(registry: str) -> tuple[str, ...]:
@@ -201,45 +224,3 @@ def _helper_failed(program: str, server: str, how: str) -> AccessDenied:
     return AccessDenied(
         f"the credential helper {program} {how}", hint=f"see what it says to: echo {server} | {program} get"
     )
-
-
-async def _run(command: list[str], data: bytes, timeout: float) -> tuple[int, bytes]:
-    """Return the exit status and the standard output of a program that may take `timeout` seconds."""
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise AccessDenied(
-            f"the credential helper {command[0]} cannot be started: {error.strerror}",
-            hint="install it, or take it out of the Docker configuration",
-        ) from None
-    try:
-        async with asyncio.timeout(timeout):
-            return await _converse(process, data)
-    except TimeoutError:
-        raise AccessDenied(f"the credential helper {command[0]} did not answer within {timeout:g} s") from None
-    finally:
-        # Its whole process group: helpers are often shell scripts, whose children would live on and hold the pipe.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
-
-
-async def _converse(process: asyncio.subprocess.Process, data: bytes) -> tuple[int, bytes]:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        process.stdin.write(data)
-        await process.stdin.drain()
-        process.stdin.close()
-    parts: list[bytes] = []
-    while part := await process.stdout.read(1 << 16):
-        parts.append(part)
-        if sum(map(len, parts)) > _MAX_ANSWER:
-            raise AccessDenied("a credential helper said more than credentials need")
-    return await process.wait(), b"".join(parts)

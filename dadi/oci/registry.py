@@ -14,8 +14,9 @@ all is decided in `hosts.py`. How many calls run at once is the caller's busines
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial
 from typing import TypeVar
@@ -33,6 +34,7 @@ from dadi.oci.credentials import CredentialSource, DockerCredentials
 from dadi.oci.download import Downloads
 from dadi.oci.endpoints import Endpoint, Endpoints
 from dadi.oci.hosts import Hosts
+from dadi.oci.lookups import Lookups, TagsPage
 from dadi.oci.manifest import Descriptor, ImageConfig, Index, Manifest
 from dadi.oci.platforms import Platform
 from dadi.oci.push import Pushed, Pushes
@@ -97,23 +99,43 @@ class RegistryClient:
         self._config = config = config or RegistryConfig()
         clock = clock or Clock()
         credentials = credentials or DockerCredentials(config.docker_config, helper_timeout=config.helper_timeout)
-        hosts = Hosts(config.allowed, config.plain_http, config.mirrors)
+        self._hosts = hosts = Hosts(config.allowed, config.plain_http, config.mirrors)
+        self._clock = clock
         self._transport = Transport(config, hosts, clock)
-        self._auth = Authenticator(self._transport, hosts, credentials)
         self._endpoints = Endpoints(config, hosts, clock, self._transport.counters)
+        self._is_view = False
+        self._show(credentials)
+
+    def _show(self, credentials: CredentialSource) -> None:
+        """Have all requests from now on prove who we are by these."""
+        hosts = self._hosts
+        self._auth = Authenticator(self._transport, hosts, credentials)
+        self._lookups = Lookups(self._endpoints, self._auth, self._transport)
         self._downloads = Downloads(self._endpoints, self._auth, self._transport.counters)
         self._pushes = Pushes(self._endpoints, self._auth, hosts)
-        self._tagged = TaggedIndexes(self._pushes, self._endpoints, self._auth, clock)
+        self._tagged = TaggedIndexes(self._pushes, self._endpoints, self._auth, self._clock)
         self._referrers = Referrers(self._pushes, self._tagged, self._endpoints, self._auth, self.manifest)
 
     def __repr__(self) -> str:
         counters = self._transport.counters
         return f"RegistryClient({counters.requests} requests, {counters.bytes} bytes)"
 
+    def as_caller(self, credentials: CredentialSource) -> RegistryClient:
+        """Return a client that shows other credentials over the same connections; close it before this one.
+
+        What it reads of manifests and tags comes from the registry itself and never from a mirror: whom a mirror
+        answers says nothing about whom the registry would.
+        """
+        view = copy.copy(self)
+        view._is_view = True
+        view._show(credentials)
+        return view
+
     async def close(self) -> None:
-        """Close all connections; idempotent."""
+        """Close all connections (those of `as_caller` none: they are not its own); idempotent."""
         await self._auth.close()
-        await self._transport.close()
+        if not self._is_view:
+            await self._transport.close()
 
     def statistics(self) -> dict[str, object]:
         """Return what was done so far (requests, body bytes, retries, tokens, …); under "hosts", what failed where."""
@@ -176,6 +198,21 @@ class RegistryClient:
             return b""
         return await self._downloads.range(ref, descriptor, offset, length, mirrors=mirrors)
 
+    async def blob_size(self, ref: Reference, digest: str) -> int:
+        """Return the bytes that a blob has, as the registry itself says: then the repository has it, and we may."""
+        return await self._lookups.blob_size(ref, digest)
+
+    async def tags(self, ref: Reference, parameters: Mapping[str, str]) -> TagsPage:
+        """Return a page of the repository's tags; `parameters` are n and last, as the specification has them."""
+        return await self._lookups.tags(ref, parameters)
+
+    async def challenge(self, registry: str, ref: Reference | None = None) -> str | None:
+        """Return the WWW-Authenticate with which the registry meets whom it does not know; None if it answers him.
+
+        With `ref` for its manifest, else for the registry as a whole. It has a scheme that we know and is printable.
+        """
+        return await self._lookups.challenge(registry, ref)
+
     # ---- pushing
 
     async def has_blob(self, ref: Reference, digest: str) -> bool:
@@ -237,7 +274,7 @@ class RegistryClient:
     # ---- reading
 
     async def _ask(self, ref: Reference, attempt: Callable[[Endpoint], Awaitable[T]]) -> T:
-        return await self._endpoints.ask(ref.registry, attempt)
+        return await self._endpoints.ask(ref.registry, attempt, mirrors=not self._is_view)
 
     async def _resolve_at(self, endpoint: Endpoint, ref: Reference) -> Descriptor:
         async with self._open_manifest("HEAD", endpoint, ref) as answer:

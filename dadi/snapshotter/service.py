@@ -16,11 +16,7 @@ A call whose client has gone is cancelled by grpc; what that leaves is the busin
 
 from __future__ import annotations
 
-import asyncio
-import os
-import stat
 from collections.abc import AsyncIterator, Awaitable
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +26,8 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from dadi import errors
-from dadi.errors import Conflict, DadiError
+from dadi.errors import DadiError
+from dadi.grpc_socket import Serving, listen
 from dadi.snapshotter.model import Info, Mount
 from dadi.snapshotter.proto import mount_pb2, snapshots_pb2_grpc
 from dadi.snapshotter.proto import snapshots_pb2 as pb
@@ -41,7 +38,6 @@ _BATCH = 100
 """Snapshots in one message of a List."""
 _MAX_TEXT = 2000
 """Characters of an error's text: it travels in a header."""
-_MAX_PATH = 107
 _SECOND = 10**9
 _CODES: list[tuple[type[DadiError], Any]] = [
     (errors.NotFound, grpc.StatusCode.NOT_FOUND),
@@ -143,50 +139,8 @@ def _timestamp(nanoseconds: int) -> Any:
     return Timestamp(seconds=nanoseconds // _SECOND, nanos=nanoseconds % _SECOND)
 
 
-class Serving:
-    """A socket that is served, until `stop`."""
-
-    def __init__(self, server: Any, path: Path) -> None:
-        self._server = server
-        self.path = path
-
-    def __repr__(self) -> str:
-        return f"Serving({self.path})"
-
-    async def stop(self, grace: float = 5.0) -> None:
-        """Take no more calls, let those under way finish for `grace` seconds, remove the socket."""
-        await self._server.stop(grace)
-        await asyncio.to_thread(self.path.unlink, missing_ok=True)
-
-
 async def serve(path: Path, snapshots: Snapshots) -> Serving:
     """Serve on a unix socket that only our own user may use; its directory is made. Raises Conflict if it is taken."""
-    await _make_way(path)
     server = grpc.aio.server()
     snapshots_pb2_grpc.add_SnapshotsServicer_to_server(Service(snapshots), server)
-    try:
-        server.add_insecure_port(f"unix:{path}")
-    except RuntimeError as error:
-        raise Conflict(f"cannot listen on {path}: {error}") from None
-    await asyncio.to_thread(os.chmod, path, 0o600)
-    await server.start()
-    return Serving(server, path)
-
-
-async def _make_way(path: Path) -> None:
-    """Remove a socket that a process left which is gone."""
-    if len(os.fsencode(path)) > _MAX_PATH:
-        raise Conflict(f"cannot listen on {path}: the path of a socket has at most {_MAX_PATH} bytes")
-    await asyncio.to_thread(partial(path.parent.mkdir, parents=True, exist_ok=True))
-    try:
-        _, writer = await asyncio.open_unix_connection(path)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        status = await asyncio.to_thread(os.lstat, path)
-        if not stat.S_ISSOCK(status.st_mode):
-            raise Conflict(f"cannot listen on {path}: {error.strerror}; it is no socket") from None
-        await asyncio.to_thread(path.unlink, missing_ok=True)
-    else:
-        writer.close()
-        raise Conflict(f"another process listens on {path}", hint="the configuration chooses the place")
+    return await listen(server, path)

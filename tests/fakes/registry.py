@@ -263,6 +263,10 @@ class FakeRegistry:
                 assert request.transport is not None
                 request.transport.abort()
             return answer
+        if request.path.endswith("/tags/list"):
+            name = request.path.removeprefix("/v2/").removesuffix("/tags/list")
+            tags = [tag for repository, tag in self.manifests if repository == name and ":" not in tag]
+            return web.json_response({"name": name, "tags": tags}) if tags else _problem(404, "NAME_UNKNOWN")
         if self.referrers_api and "/referrers/" in request.path:
             return self._referrers(request)
         return await self._content(request, fault)
