@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any
 
 import aiohttp
@@ -19,20 +20,40 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from dadi.errors import Conflict, DadiError, InvalidRequest, Unavailable
+from dadi.errors import ConfigError, Conflict, DadiError, InvalidRequest, LoginRequired, Unavailable, Unreachable
+from dadi.tls import Tls, refusal
 from dadi.wire import Event, EventReader, error_fields, error_in
 
 log = structlog.get_logger()
 _READ_BUFFER = 1 << 20
 _MAX_ERROR_BODY = 64 << 10
+_HUNG_UP = "if it wants a certificate: its tls.client_ca must have signed our tls.certificate; its log says more"
 
 
 # ---- client
 
 
-def client(*, connect: float = 3.0, read: float = 30.0, unix_socket: str | None = None) -> aiohttp.ClientSession:
-    """Return a session for our own programs. `connect`, `read` (without a byte): seconds."""
-    connector = aiohttp.UnixConnector(unix_socket) if unix_socket else aiohttp.TCPConnector(limit=0, limit_per_host=64)
+class _TlsConnector(aiohttp.TCPConnector):
+    """Speaks TLS and nothing else: what is meant to be secret must not go out in the clear by a slip in a URL."""
+
+    allowed_protocol_schema_set = frozenset({"https"})
+
+
+def client(
+    *, connect: float = 3.0, read: float = 30.0, unix_socket: str | None = None, tls: Tls | None = None
+) -> aiohttp.ClientSession:
+    """Return a session for our own programs. `connect`, `read` (without a byte): seconds.
+
+    With `tls` it asks https:// and nothing else, and shows our certificate. `server_hostname` as an option of a request
+    gives the name that the other side's certificate must have where that is not the URL's host.
+    """
+    connector: aiohttp.BaseConnector
+    if unix_socket:
+        connector = aiohttp.UnixConnector(unix_socket)
+    elif tls:
+        connector = _TlsConnector(limit=0, limit_per_host=64, ssl=tls.client)
+    else:
+        connector = aiohttp.TCPConnector(limit=0, limit_per_host=64)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect, sock_read=read)
     return aiohttp.ClientSession(
         connector=connector,
@@ -45,24 +66,40 @@ def client(*, connect: float = 3.0, read: float = 30.0, unix_socket: str | None 
 
 @contextlib.asynccontextmanager
 async def request(
-    session: aiohttp.ClientSession, method: str, url: str, what: str, **options: Any
+    session: aiohttp.ClientSession, method: str, url: str, what: str, *, accept: Collection[int] = (), **options: Any
 ) -> AsyncIterator[aiohttp.ClientResponse]:
-    """Make a request and give its response (status below 300); raise the error that the other side sent.
+    """Make a request and give its response (status below 300 or in `accept`); raise the error that the other side sent.
 
-    Whatever breaks on the way, also inside of the block, becomes Unavailable, saying that `what` failed.
+    Whatever breaks on the way, also inside of the block, becomes Unreachable, saying that `what` failed.
     """
     try:
         async with session.request(method, url, allow_redirects=False, **options) as response:
-            if response.status >= 300:
+            if response.status >= 300 and response.status not in accept:
                 raise await _error_of(response, what)
             yield response
     except TimeoutError:
-        raise Unavailable(f"{what}: {url} did not answer in time", hint="is it up, and reachable from here?") from None
+        raise Unreachable(f"{what}: {url} did not answer in time", hint="is it up, and reachable from here?") from None
+    except aiohttp.NonHttpUrlClientError:
+        raise ConfigError(f"{what}: {url} is not encrypted, while tls is configured", hint="https://?") from None
     except aiohttp.ClientConnectorError as error:
+        _raise_refusal(error, what, url)
         hint = "is it running? is the address right?"
-        raise Unavailable(f"{what}: cannot connect to {url}: {error.os_error.strerror or error}", hint=hint) from None
+        raise Unreachable(f"{what}: cannot connect to {url}: {error.os_error.strerror or error}", hint=hint) from None
     except (aiohttp.ClientError, asyncio.IncompleteReadError, OSError) as error:
-        raise Unavailable(f"{what}: {url}: {str(error) or type(error).__name__}") from None
+        _raise_refusal(error, what, url)
+        hung_up = isinstance(error, aiohttp.ServerDisconnectedError | ConnectionResetError)
+        # asyncio hangs up on a client whose certificate it refuses, without TLS's alert that would say so.
+        told = _HUNG_UP if hung_up and url.startswith("https:") else None
+        raise Unreachable(f"{what}: {url}: {str(error) or type(error).__name__}", hint=told) from None
+
+
+def _raise_refusal(error: BaseException, what: str, url: str) -> None:
+    """Raise Unreachable if it was TLS: certificates are replaced while programs run, so it is worth another try."""
+    # aiohttp wraps what the handshake raised; a listener's alert may come with the first read only.
+    for cause in (error.__cause__, getattr(error, "certificate_error", None), getattr(error, "os_error", None), error):
+        told = refusal(cause) if cause is not None else None
+        if told is not None:
+            raise Unreachable(f"{what}: {url}: {told[0]}", hint=told[1]) from None
 
 
 async def _error_of(response: aiohttp.ClientResponse, what: str) -> DadiError:
@@ -75,10 +112,14 @@ async def _error_of(response: aiohttp.ClientResponse, what: str) -> DadiError:
         # "A fault of ours" over there is somebody who cannot answer now, seen from here.
         text = f"{what}: {response.url.origin()}: {error.message}"
     else:
+        if isinstance(error, LoginRequired):
+            error.challenge = response.headers.get("WWW-Authenticate", "")
         return error
-    if response.status >= 500 or response.status == 429:
-        return Unavailable(text, retry_after=retry_after, hint=error.hint if error else None)
-    return InvalidRequest(text)
+    if response.status == 413:
+        return InvalidRequest(text)
+    # Without our JSON it is another program, or a version that has not what was asked for: both may heal.
+    unknown = None if response.status >= 500 else "is it dadi that listens there? are the versions alike?"
+    return Unavailable(text, retry_after=retry_after, hint=error.hint if error else unknown)
 
 
 async def events(response: aiohttp.ClientResponse) -> AsyncIterator[Event]:
@@ -106,13 +147,23 @@ async def errors_as_json(
         headers = {}
         if isinstance(error, Unavailable) and error.retry_after is not None:
             headers["Retry-After"] = str(int(error.retry_after + 1))
+        if isinstance(error, LoginRequired) and error.challenge:
+            headers["WWW-Authenticate"] = error.challenge
         return web.json_response(error_fields(error), status=error.status, headers=headers)
-    except (web.HTTPException, ConnectionResetError, asyncio.CancelledError):
+    except (web.HTTPException, asyncio.CancelledError):
         raise
-    except Exception:
+    except Exception as error:
+        if hung_up(request, error):
+            raise ConnectionResetError("the reader has gone") from None
         log.exception("a fault of ours", method=request.method, path=request.path)
         fields = {"error": "internal", "message": "a fault of ours; the log has its trace", "hint": None}
         return web.json_response(fields, status=500)
+
+
+def hung_up(request: web.Request, error: BaseException) -> bool:
+    """Say whether an error is that who asked has gone. A write that was waiting then raises a bare ConnectionError."""
+    gone = request.transport is None or request.transport.is_closing()
+    return isinstance(error, ConnectionResetError) or (isinstance(error, ConnectionError) and gone)
 
 
 async def stream_events(request: web.Request, work: AsyncIterator[Event]) -> web.StreamResponse:
@@ -126,9 +177,11 @@ async def stream_events(request: web.Request, work: AsyncIterator[Event]) -> web
             last: Event = {"event": "done"}
         except DadiError as error:
             last = {"event": "error", **error_fields(error)}
-        except (ConnectionResetError, asyncio.CancelledError):
+        except asyncio.CancelledError:
             raise
-        except Exception:
+        except Exception as error:
+            if hung_up(request, error):
+                raise
             log.exception("a fault of ours", path=request.path)
             last = {"event": "error", "error": "internal", "message": "a fault of ours; the log has its trace"}
     await response.write(msgspec.json.encode(last) + b"\n")
@@ -140,22 +193,27 @@ def application() -> web.Application:
     return web.Application(middlewares=[errors_as_json], client_max_size=1 << 20)
 
 
-async def serve_tcp(app: web.Application, listen: str) -> tuple[web.AppRunner, str]:
+async def serve_tcp(app: web.Application, listen: str, tls: Tls | None = None) -> tuple[web.AppRunner, str]:
     """Serve on "host:port" (port 0: any); return the runner (`cleanup()` stops it) and the address in fact.
 
-    Raises Conflict if the port is taken.
+    With `tls` nothing but TLS is spoken there. Raises Conflict if the port is taken; ConfigError if `tls` has no
+    certificate, or the address cannot be listened on.
     """
     host, port = parse_listen(listen)
+    context = tls.server if tls else None
     runner = _runner(app)
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port, backlog=1024).start()
+        await web.TCPSite(runner, host, port, backlog=1024, ssl_context=context).start()
     except OSError as error:
         await runner.cleanup()
-        hint = "another dadi, or another program, has it; `listen` in the configuration chooses the address"
-        raise Conflict(f"cannot listen on {listen}: {error.strerror}", hint=hint) from None
+        if error.errno == errno.EADDRINUSE:
+            hint = "another dadi, or another program, has it; `listen` in the configuration chooses the address"
+            raise Conflict(f"cannot listen on {listen}: {error.strerror}", hint=hint) from None
+        hint = "is it an address of this machine, and a port that we may use? `listen` in the configuration chooses it"
+        raise ConfigError(f"cannot listen on {listen}: {error.strerror or error}", hint=hint) from None
     address = runner.addresses[0]
-    return runner, f"{address[0]}:{address[1]}"
+    return runner, f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
 
 
 async def serve_unix(app: web.Application, path: str) -> web.AppRunner:
