@@ -1,0 +1,327 @@
+"""One request to one upstream, a peer or a superpeer; its answer is handed on chunk by chunk, while it comes.
+
+    →  GET /v1/blobs/sha256:… HTTP/1.1        ←  206 and the bytes, or the first chunks of them: ask again for the rest
+       Range: bytes=A-B      whole chunks        202 and `Dadi-Waiting: 1`: has none of it yet, has asked for it
+       Accept-Encoding: zstd                     404 will never have it       401, 403 no (good) token
+       Dadi-Urgency: see `Urgency`               429, 503 with Retry-After: takes no more requests now; may name
+       Dadi-Hops: N                                     another peer in `Dadi-Try`
+       Dadi-Peer: the asker's id
+       Authorization: Bearer …
+
+       Dadi-Stream: 1                            200 and each chunk as it comes to it (`stream.py`): what nodes answer
+
+A stream, or else a shorter answer than was asked for, is what lets a node pass on what it has, while the rest is still
+coming to it. As with `dadi/blobs/remote.py` the range counts the blob's own bytes, and compressed bodies are a zstd
+frame a chunk. Each chunk is verified here: what is wrong raises DigestMismatch, and goes nowhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import aiohttp
+
+from dadi import http
+from dadi.blobs.source import Urgency
+from dadi.errors import DadiError, DigestMismatch, TokenRefused, Unavailable
+from dadi.index.chunks import Blob
+from dadi.peers import hops as hop_count
+from dadi.peers import stream
+from dadi.peers.frames import Scan, longest, unpacked
+from dadi.peers.tokens import Tokens
+from dadi.wire import URGENCY, error_in
+
+WAITING, TRY, PEER = "Dadi-Waiting", "Dadi-Try", "Dadi-Peer"
+_MAX_ERROR = 64 << 10
+_AT_ONCE = 512 << 10
+"""Chunks of up to so many bytes are verified on the event loop: a thread would cost more than the third of a
+millisecond that it takes."""
+_SIGNS, _SIGNS_A_SECOND = 64, 20
+"""How often a peer may say that it waits: each time costs us a little."""
+_WAKE = 128 << 10
+"""Bytes for which the event loop is woken while more of a chunk than that is to come: a link gives a few KiB at a time,
+and each time costs as much as ten KiB do."""
+
+
+class Busy(Unavailable):
+    """A peer takes no more requests for `retry_after` seconds; `instead` is the id of one that it thinks may."""
+
+    def __init__(self, message: str, *, retry_after: float, instead: str = "") -> None:
+        super().__init__(message, retry_after=retry_after)
+        self.instead = instead
+
+
+class RefusedAnew(TokenRefused):
+    """An upstream refuses a token that a superpeer has renewed just now: it does not know the keys, or the time."""
+
+
+class Heard(Protocol):
+    """Who is told what comes."""
+
+    def begins(self, chunk: int | None = None) -> None:
+        """The upstream begins to send, one of the chunks or all of them."""
+        ...
+
+    def waits(self) -> None:
+        """The upstream has asked for what is left of the run itself; it will be sent as it comes."""
+        ...
+
+    def chunk(self, chunk: int, data: bytes, frame: bytes | None) -> None:
+        """A chunk has come, and is right; with its zstd frame if it came as one.
+
+        b"" if it could have come as one and did not: whoever sent it has found that this does not pay.
+        """
+        ...
+
+
+class Line(Protocol):
+    """The way to one upstream."""
+
+    wire_bytes: int
+    """Bytes of bodies as they crossed the network."""
+
+    async def ask(self, blob: Blob, run: range, urgency: Urgency, hops: int, heard: Heard) -> bool:
+        """Ask for a run; tell `heard` of what comes. Returns False if the upstream has nothing of it yet.
+
+        Raises DigestMismatch for wrong bytes; Busy; NotFound; AccessDenied; Unavailable for all else that fails.
+        """
+        ...
+
+
+class HttpLine:
+    """The way to the upstream at `where()`, a URL; `session` is shared, and closed by who made it."""
+
+    def __init__(self, where: Callable[[], str], session: aiohttp.ClientSession, *, me: str = "", compress: bool = True,
+                 read: float | None = None, tokens: Tokens | None = None) -> None:  # fmt: skip
+        """`read`: seconds without a byte after which a request has failed."""
+        self._where = where
+        self.wire_bytes = 0
+        self._session = session
+        self._fixed = {"Accept-Encoding": "zstd" if compress else "identity", PEER: me,
+                       stream.HEADER: "1"}  # fmt: skip
+        self._sends_frames = False
+        """It has shown that it compresses; else that a chunk comes plain says nothing of the chunk."""
+        self._tokens = tokens
+        self._options = {} if read is None else {"timeout": _timeout(session, read)}
+
+    def __repr__(self) -> str:
+        return f"HttpLine({self.url})"
+
+    @property
+    def url(self) -> str:
+        """Where it is now."""
+        return self._where().rstrip("/")
+
+    async def ask(self, blob: Blob, run: range, urgency: Urgency, hops: int, heard: Heard) -> bool:
+        """See `Line`."""
+        shown = self._tokens.text(blob.digest) if self._tokens else None
+        try:
+            return await self._ask(blob, run, urgency, hops, heard, shown)
+        except TokenRefused:
+            if self._tokens is None:
+                raise
+            try:
+                if not await self._tokens.renewed(blob.digest, shown):
+                    raise
+            except Unavailable as error:  # no fault of the upstream's: others are asked, and this one again soon
+                raise Busy(error.message, retry_after=error.retry_after or 1.0) from None
+        try:
+            return await self._ask(blob, run, urgency, hops, heard, self._tokens.text(blob.digest))
+        except TokenRefused as error:
+            raise RefusedAnew(error.message, hint=error.hint) from None
+
+    async def _ask(self, blob: Blob, run: range, urgency: Urgency, hops: int, heard: Heard, token: str | None) -> bool:
+        offset, length = blob.table.span(run)
+        headers = {"Range": f"bytes={offset}-{offset + length - 1}", hop_count.HEADER: str(hops), **self._fixed}
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"
+        if urgency != Urgency.DEMAND:
+            headers[URGENCY] = urgency.word
+        url = f"{self.url}/v1/blobs/{blob.digest}"
+        async with http.request(
+            self._session, "GET", url, "reading a blob", headers=headers, accept=(429, 503), **self._options
+        ) as response:
+            if response.status in (429, 503):
+                raise _refusal(response, self.url, error_in(await response.content.read(_MAX_ERROR)))
+            if response.status == 202:
+                return False
+            if response.status == 200 and response.content_type == stream.TYPE:
+                await self._stream(response, blob, run, heard)
+                return True
+            coming = self._granted(response, blob, run, offset)
+            heard.begins()
+            await self._body(response, blob, coming, heard)
+        return True
+
+    def _granted(self, response: aiohttp.ClientResponse, blob: Blob, run: range, offset: int) -> range:
+        """Return the chunks that an answer holds: the first ones of the run, at least one, each of them whole."""
+        said = response.headers.get("Content-Range", "")
+        if response.status == 206:
+            for stop in range(run.stop, run.start, -1):
+                granted = range(run.start, stop)
+                if said == f"bytes {offset}-{offset + blob.table.span(granted)[1] - 1}/{blob.size}":
+                    return granted
+        told = f"{response.status} with {said[:100] or 'no range'}"
+        raise DigestMismatch(f"{self.url} answered {told} to a request for the chunks {run} of {blob}", source=self.url)
+
+    async def _body(self, response: aiohttp.ClientResponse, blob: Blob, run: range, heard: Heard) -> None:
+        lengths = [blob.table.extent(chunk)[1] for chunk in run]
+        compressed = response.headers.get("Content-Encoding") == "zstd"
+        pieces = _Frames(response, self.url) if compressed else None
+        body = _Body(response)
+        for chunk, length in zip(run, lengths, strict=True):
+            frame = await pieces.next(length) if pieces else None
+            data = frame if frame is not None else await body.exactly(length)
+            await self._came(blob, chunk, data, frame is not None, heard)
+        if (pieces and pieces.rest) or await body.more():
+            raise DigestMismatch(f"{self.url} sent more than the range it was asked for", source=self.url)
+
+    async def _stream(self, response: aiohttp.ClientResponse, blob: Blob, run: range, heard: Heard) -> None:
+        """Take chunks as they come, until all have."""
+        missing = set(run)
+        body = _Body(response)
+        loop = asyncio.get_running_loop()
+        began, signs = loop.time(), 0
+        while missing:
+            kind, chunk, length = stream.parse(await body.exactly(stream.SIZE))
+            if kind == stream.WAITS:
+                signs += 1
+                if signs > _SIGNS + _SIGNS_A_SECOND * (loop.time() - began):
+                    raise DigestMismatch(f"{self.url} says that it waits, and nothing else, all the time")
+                heard.waits()
+                continue
+            if kind == stream.ERROR:
+                error, after, instead = stream.error_of(await body.exactly(length), self.url)
+                raise Busy(error.message, retry_after=after, instead=instead) if after is not None else error
+            size = blob.table.extent(chunk)[1] if chunk in missing else -1
+            if length > size or not length or (kind == stream.PLAIN and length != size):
+                told = f"{length} bytes as chunk {chunk} in answer to a request for the chunks {run} of {blob}"
+                raise DigestMismatch(f"{self.url} sent {told}", source=self.url)
+            heard.begins(chunk)
+            data = await body.exactly(length)
+            missing.discard(chunk)
+            await self._came(blob, chunk, data, kind == stream.FRAME, heard)
+        if await body.more():
+            raise DigestMismatch(f"{self.url} sent more than it was asked for", source=self.url)
+
+    async def _came(self, blob: Blob, chunk: int, sent: bytes, compressed: bool, heard: Heard) -> None:
+        """Verify a chunk, and hand it on."""
+        self.wire_bytes += len(sent)
+        if blob.table.chunk_size <= _AT_ONCE:
+            data = _verified(blob, chunk, sent, compressed, self.url)
+        else:
+            data = await asyncio.to_thread(_verified, blob, chunk, sent, compressed, self.url)
+        self._sends_frames |= compressed
+        heard.chunk(chunk, data, sent if compressed else b"" if self._sends_frames else None)
+
+
+class _Body:
+    """Reads exact lengths; the event loop is not woken for each few KiB of what is to be had whole."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._content = response.content
+        self._rest = b""
+        self._low = 1
+        transport = response.connection.transport if response.connection else None
+        # Not under TLS: how much of a length is still to come, in its records, is not known here.
+        plain = transport is not None and transport.get_extra_info("sslcontext") is None
+        self._socket: Any = transport.get_extra_info("socket") if transport is not None and plain else None
+
+    async def exactly(self, length: int) -> bytes:
+        """Return the next `length` bytes; raise ClientPayloadError if there are not so many."""
+        pieces, need = [], length
+        try:
+            while need > 0:
+                piece = self._rest or await self._read(need)
+                if len(piece) > need:
+                    piece, self._rest = piece[:need], piece[need:]
+                else:
+                    self._rest = b""
+                pieces.append(piece)
+                need -= len(piece)
+        finally:
+            self._wake_at(1)  # else what is shorter would never be seen, of the next request neither
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def _read(self, need: int) -> bytes:
+        self._wake_at(min(need, _WAKE))
+        piece = await self._content.readany()
+        if not piece:
+            raise aiohttp.ClientPayloadError(f"body cut short: {need} more bytes were to come")
+        return piece
+
+    async def more(self) -> bool:
+        """Say whether there is more, where the end should be."""
+        return bool(self._rest or await self._content.read(1))
+
+    def _wake_at(self, size: int) -> None:
+        """Have the kernel wake us for so many bytes (or the end), of which all are still to be read from it."""
+        if self._socket is None or size == self._low:
+            return
+        self._low = size
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
+        except OSError:  # closed by now
+            self._socket = None
+
+
+class _Frames:
+    """Cuts a body into frames as it comes."""
+
+    def __init__(self, response: aiohttp.ClientResponse, where: str) -> None:
+        self._content = response.content
+        self._where = where
+        self.rest = bytearray()
+
+    async def next(self, length: int) -> bytes:
+        """Return the next frame, of a chunk of `length` bytes."""
+        try:
+            scan = Scan(longest(length))
+            while (end := scan.end(self.rest)) is None:
+                piece = await self._content.readany()
+                if not piece:
+                    raise aiohttp.ClientPayloadError("body cut short, within a frame")
+                self.rest += piece
+        except DigestMismatch as error:
+            raise DigestMismatch(f"{self._where}: {error.message}", source=self._where) from None
+        frame = bytes(memoryview(self.rest)[:end])
+        del self.rest[:end]
+        return frame
+
+
+def _verified(blob: Blob, chunk: int, data: bytes, compressed: bool, where: str) -> bytes:
+    if compressed:
+        try:
+            data = unpacked(data, blob.table.extent(chunk)[1])
+        except DigestMismatch as error:
+            raise DigestMismatch(f"{where}: {error.message}", source=where) from None
+    blob.table.verify(chunk, data, source=where)
+    return data
+
+
+def _refusal(response: aiohttp.ClientResponse, where: str, error: DadiError | None) -> Unavailable:
+    asked = response.headers.get("Retry-After", "")
+    text = f"{where}: {error.message if error else response.status}"
+    if not (asked.isdigit() and len(asked) < 6):
+        return Unavailable(text)
+    return Busy(text, retry_after=float(asked), instead=response.headers.get(TRY, "")[:200])
+
+
+def _timeout(session: aiohttp.ClientSession, read: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=None, sock_connect=session.timeout.sock_connect, sock_read=read)
+
+
+def joined(chunks: list[tuple[Blob, int]], most: int) -> Iterator[tuple[Blob, range]]:
+    """Yield neighbouring chunks (sorted by blob and number) as runs of at most `most` bytes, at least one chunk."""
+    at = 0
+    while at < len(chunks):
+        blob, first = chunks[at]
+        allowed = max(1, most // blob.table.chunk_size)
+        end = at + 1
+        while end < len(chunks) and end - at < allowed and chunks[end] == (blob, first + end - at):
+            end += 1
+        yield blob, range(first, first + end - at)
+        at = end

@@ -1,0 +1,216 @@
+"""What is said about prefetching between the command line, superpeers and their files, as JSON. Pure.
+
+    POST /v1/prefetch                       Request → Job       the same image, platform and scope is the same job
+    GET  /v1/prefetch                       → {"jobs": [Job]}   those of images that anybody may have; with
+                                                            ?registry=HOST also those of HOST that the caller may have
+    GET  /v1/prefetch/{id}                  → Job
+    GET  /v1/prefetch/{id}?follow=1         events: {"event": "job", …Job} whenever it has changed, until it is over
+    POST /v1/prefetch/{id}/cancel|retry     → Job
+    GET  /v1/prefetch/wanted?node=ID&zone=Z&rack=R              → Wishes: what this node is asked to bring
+    POST /v1/prefetch/{id}/nodes            NodeReport → {}     what has become of that
+    GET  /v1/prefetch/verify?reference=R&platform=P&scope=S     → Readiness
+
+Times are seconds since 1970, 0 for none; sizes are bytes, rates bytes per second, 0 for no limit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from dadi.errors import DadiError, InvalidRequest, Malformed
+from dadi.oci import platforms
+from dadi.oci.reference import Reference
+from dadi.prefetch import nodes
+from dadi.prefetch.life import State
+from dadi.wire import error_from
+
+Scope = Literal["startup", "full"]
+_Text = Annotated[str, Meta(max_length=800)]
+_Time = Annotated[float, Meta(ge=0, le=1e11)]
+_Rate = Annotated[float, Meta(ge=0, le=1e15)]
+LOWEST, USUAL, HIGHEST = 0, 5, 9
+MOST_WISHES = 64
+MOST_LACKING = 1000
+"""Rows of what is missing that are told; the count is of all."""
+
+
+class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is wanted. `nodes` as in `nodes.py`; "" for none.
+
+    `rate`: of what comes from the registry, all superpeers of the datacenter together. `priority`: the higher goes
+    first. `manifest`: what a sibling has found the reference to be; then that is warmed and nothing else.
+    """
+
+    reference: _Text
+    platform: Annotated[str, Meta(max_length=100)]
+    scope: Scope = "full"
+    rate: _Rate = 0.0
+    at: _Time = 0.0
+    deadline: _Time = 0.0
+    priority: Annotated[int, Meta(ge=LOWEST, le=HIGHEST)] = USUAL
+    pin_until: _Time = 0.0
+    nodes: Annotated[str, Meta(max_length=500)] = ""
+    manifest: Annotated[str, Meta(pattern="^(sha256:[0-9a-f]{64})?$")] = ""
+
+
+class Lacking(msgspec.Struct, frozen=True):
+    """One thing that a start would have to get from the registry. `what`: tag, index, layer.
+
+    `chunks` are runs [first, last] of the layer's tar, `size` their bytes.
+    """
+
+    what: str
+    name: str
+    size: int = 0
+    chunks: tuple[tuple[int, int], ...] = ()
+
+    def __str__(self) -> str:
+        runs = ", ".join(f"{a}-{b}" if b > a else f"{a}" for a, b in self.chunks[:5])
+        more = "…" if len(self.chunks) > 5 else ""
+        return f"{self.what} {self.name}" + (f": {self.size} bytes, chunks {runs}{more}" if self.chunks else "")
+
+
+class Readiness(msgspec.Struct, frozen=True):
+    """What one superpeer has of its share of an image. `registry_requests`: how many a start would need, at least.
+
+    `superpeers` are all of the datacenter, as this one knows them; `url` is its own name among them ("" if it is
+    alone). `chunks` and `size` are of the scope here; `note` says where the scope is not what its name promises.
+    """
+
+    reference: str
+    platform: str
+    scope: str
+    url: str
+    superpeers: tuple[str, ...]
+    manifest_digest: str
+    chunks: int
+    size: int
+    registry_requests: int
+    lacking: tuple[Lacking, ...] = ()
+    note: str = ""
+
+    @property
+    def ready(self) -> bool:
+        """Whether nothing is missing."""
+        return self.registry_requests == 0
+
+
+class Job(msgspec.Struct):
+    """One job at one superpeer, as it is told and kept. `error` has the fields of `wire.error_fields`.
+
+    `top_digest`: what the reference itself leads to, by the registry, when it was `resolved`.
+    `total` and `done`: bytes of layers in this superpeer's share of the scope; `registry`: bytes that all of the image
+    costs the registry, as estimated when it was resolved. `nodes`: how many have told what. `tries`: how often it was
+    begun anew by itself.
+    """
+
+    id: str
+    request: Request
+    state: State = State.QUEUED
+    manifest_digest: str = ""
+    top_digest: str = ""
+    resolved: float = 0.0
+    created: float = 0.0
+    began: float = 0.0
+    changed: float = 0.0
+    total: int = 0
+    done: int = 0
+    registry: int = 0
+    tries: int = 0
+    stage: str = ""
+    notes: list[str] = []
+    error: dict[str, Any] | None = None
+    lacking: list[Lacking] = []
+    nodes: dict[str, int] = {}
+
+    def failure(self) -> DadiError | None:
+        """Return why it has failed."""
+        return error_from(self.error) if self.error else None
+
+    @property
+    def pinned(self) -> Reference:
+        """The image by its digest, once that is known."""
+        reference = Reference.parse(self.request.reference)
+        return reference.at(self.manifest_digest) if self.manifest_digest else reference
+
+
+class Wish(msgspec.Struct, frozen=True):
+    """What a node is to bring: an image by its digest; of its layers all, or runs [first, last + 1] of `chunks`."""
+
+    job: Annotated[str, Meta(max_length=64)]
+    reference: _Text
+    platform: Annotated[str, Meta(max_length=100)]
+    chunks: dict[str, tuple[tuple[int, int], ...]] | None = None
+
+
+class Wishes(msgspec.Struct, frozen=True):
+    """All that a superpeer asks a node for; `again`: seconds after which the node is to come again."""
+
+    wishes: Annotated[tuple[Wish, ...], Meta(max_length=MOST_WISHES)] = ()
+    again: Annotated[float, Meta(ge=1, le=3600)] = 15.0
+
+
+class NodeReport(msgspec.Struct, frozen=True):
+    """What has become of a wish."""
+
+    node: Annotated[str, Meta(min_length=1, max_length=128)]
+    state: Literal["ready", "failed"]
+    message: Annotated[str, Meta(max_length=300)] = ""
+
+
+def canonical(request: Request) -> Request:
+    """Return the request with reference and platform as everybody writes them. Raises InvalidRequest."""
+    reference, platform = str(Reference.parse(request.reference)), str(platforms.parse(request.platform))
+    if request.nodes:
+        nodes.parse(request.nodes)
+    return msgspec.structs.replace(request, reference=reference, platform=platform)
+
+
+def job_id(request: Request) -> str:
+    """Return the id of the job that a (canonical) request is: the same at all superpeers, whatever else it says."""
+    return hashlib.sha256(f"{request.reference}|{request.platform}|{request.scope}".encode()).hexdigest()[:12]
+
+
+def joined(old: Request, new: Request) -> Request:
+    """Return what a job under way is to do when it is asked for once more: what the new request says, and no less.
+
+    The higher priority, the later end of the pin; rate, deadline and nodes are the new one's if it names them.
+    """
+    return msgspec.structs.replace(
+        old,
+        priority=max(old.priority, new.priority),
+        pin_until=max(old.pin_until, new.pin_until),
+        rate=new.rate or old.rate,
+        deadline=new.deadline or old.deadline,
+        at=min(old.at, new.at),
+        nodes=new.nodes or old.nodes,
+    )
+
+
+def decode_request(data: bytes | bytearray) -> Request:
+    """Return a canonical request; raise InvalidRequest for what is none."""
+    try:
+        return canonical(msgspec.json.decode(data, type=Request))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRequest(f"this is no request to prefetch: {error}"[:300]) from None
+
+
+def decode_wishes(data: bytes | bytearray) -> Wishes:
+    """Return what a superpeer wants of us; raise Malformed for what is no such thing."""
+    try:
+        return msgspec.json.decode(data, type=Wishes)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        why = f"a superpeer wants what cannot be read: {error}"[:300]
+        raise Malformed(why, hint="are the versions alike?") from None
+
+
+def decode_report(data: bytes | bytearray) -> NodeReport:
+    """Return what a node tells; raise InvalidRequest for what is no such thing."""
+    try:
+        return msgspec.json.decode(data, type=NodeReport)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRequest(f"this is no report of a node: {error}"[:300]) from None
