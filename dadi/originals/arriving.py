@@ -1,0 +1,200 @@
+"""A blob on its way in: fetched once, by nobody in particular, given to all who ask for it meanwhile.
+
+The bytes go into an ingest of the store (a file) while they are hashed, as a whole and chunk by chunk; readers follow
+in that file. So a reader may begin late, want a part only, be slow, or go away, and the fetch does not notice. A chunk
+table comes out at the end, by which others can be served piece by piece.
+
+Nobody is given the last byte that he wants before the whole has been verified: there is no smaller unit that could be.
+What is wrong as a whole is thrown away, and all readers get the error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any
+
+import structlog
+
+from dadi.blobs.disk import DiskBlobs
+from dadi.errors import DadiError, DigestMismatch, Unavailable
+from dadi.fallbacks import Fallbacks
+from dadi.index.chunks import DEFAULT_CHUNK_SIZE, Blob, ChunkTable
+from dadi.originals.original import Part, Stream
+
+log = structlog.get_logger()
+
+
+class _Hashes:
+    """The digest of a blob and of its chunks, from front to back."""
+
+    def __init__(self, chunk_size: int) -> None:
+        self._chunk_size = chunk_size
+        self._whole = hashlib.sha256()
+        self._chunk = hashlib.sha256()
+        self._in_chunk = 0
+        self._done: list[bytes] = []
+        self.size = 0
+
+    def update(self, data: bytes) -> None:
+        self._whole.update(data)
+        self.size += len(data)
+        view = memoryview(data)
+        while view:
+            piece = view[: self._chunk_size - self._in_chunk]
+            self._chunk.update(piece)
+            self._in_chunk += len(piece)
+            view = view[len(piece) :]
+            if self._in_chunk == self._chunk_size:
+                self._end_chunk()
+
+    def _end_chunk(self) -> None:
+        self._done.append(self._chunk.digest())
+        self._chunk = hashlib.sha256()
+        self._in_chunk = 0
+
+    def blob(self) -> Blob:
+        if self._in_chunk:
+            self._end_chunk()
+        return Blob("sha256:" + self._whole.hexdigest(), ChunkTable(self.size, self._chunk_size, b"".join(self._done)))
+
+
+class Arriving:
+    """See the head of this file. `on_end` is called once, when it is in the store, or has failed."""
+
+    def __init__(self, store: DiskBlobs, digest: str, size: int, stream: Stream, fallbacks: Fallbacks,
+                 on_end: Callable[[Arriving], None]) -> None:  # fmt: skip
+        self.digest = digest
+        self.size = size
+        self.error: DadiError | None = None
+        self.here = 0
+        """Bytes that are in the file."""
+        self.verified = False
+        self.readers = 0
+        self._store = store
+        self._stream = stream
+        self._fallbacks = fallbacks
+        self._on_end: Callable[[Arriving], None] | None = on_end
+        self._moved = asyncio.Event()
+        self._ingest = store.ingest()
+        self._fd = os.open(self._ingest.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._task = asyncio.create_task(self._run())
+        self._task.add_done_callback(lambda _: self._ended())
+
+    def __repr__(self) -> str:
+        return f"Arriving({self.digest}, {self.here}/{self.size} bytes, {self.readers} readers)"
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing of it is under way any more."""
+        return self._task.done()
+
+    async def parts(self, offset: int, length: int) -> AsyncGenerator[Part, None]:
+        """See `Original`."""
+        end = offset + length
+        self.readers += 1
+        try:
+            while offset < end:
+                if self.error is not None:
+                    raise self.error
+                moved = self._moved
+                ready = min(self.here, end) if self.verified else min(self.here, end - 1)
+                if ready > offset:
+                    yield Part(self._fd, offset, ready - offset)
+                    offset = ready
+                else:
+                    await moved.wait()
+        finally:
+            self.readers -= 1
+            self._close_if_unused()
+
+    async def settled(self) -> None:
+        """Return when all of it is in the store, if that has room; raises what went wrong."""
+        await asyncio.wait([self._task])
+        if self.error is not None:
+            raise self.error
+
+    async def close(self) -> None:
+        """Break it off, unless all of it has come; readers get Unavailable."""
+        if not self.verified:
+            self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        await asyncio.to_thread(self._ingest.abort)
+
+    async def _run(self) -> None:
+        try:
+            blob = await self._receive()
+            self._advance(verified=True)
+            try:
+                await self._store.commit(self._ingest, blob)
+            except DadiError as error:
+                # Its readers have an open file: they read on.
+                self._fallbacks.note("original not kept", error.message)
+        except DadiError as error:
+            log.warning("a blob did not arrive", blob=self.digest, why=error.message)
+            self._fail(error)
+        except BaseException as error:
+            self._fail(Unavailable(f"{self.digest} was broken off"))
+            if isinstance(error, Exception):
+                await asyncio.to_thread(log.error, "a fault of ours", blob=self.digest, exc_info=error)
+                return
+            raise
+        finally:
+            await asyncio.shield(asyncio.to_thread(self._ingest.abort))
+
+    async def _receive(self) -> Blob:
+        hashes = _Hashes(DEFAULT_CHUNK_SIZE)
+
+        def take(piece: bytes) -> None:
+            self._ingest.write(piece)
+            hashes.update(piece)
+
+        async with contextlib.aclosing(self._stream()) as pieces:
+            async for piece in pieces:
+                await _to_its_end(asyncio.to_thread(take, piece))
+                self.here += len(piece)
+                self._advance()
+        blob = await asyncio.to_thread(hashes.blob)
+        if blob.digest != self.digest or blob.size != self.size:
+            raise DigestMismatch(f"what came for {self.digest} is {blob.digest}, {blob.size} bytes", source="registry")
+        return blob
+
+    def _advance(self, *, verified: bool = False) -> None:
+        self.verified = self.verified or verified
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()
+
+    def _fail(self, error: DadiError) -> None:
+        if not self.verified and self.error is None:
+            self.error = error
+            self._tell()  # before its readers hear of it: who of them asks again must not come to this one
+        self._advance()
+
+    def _tell(self) -> None:
+        on_end, self._on_end = self._on_end, None
+        if on_end is not None:
+            on_end(self)
+
+    def _ended(self) -> None:
+        if not self.verified and self.error is None:  # cancelled before it began
+            self._fail(Unavailable(f"{self.digest} was broken off"))
+        self._close_if_unused()
+        self._tell()
+
+    def _close_if_unused(self) -> None:
+        if self._task.done() and not self.readers and self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Wait for a thread's work even when cancelled: the file that it writes to must not be closed under it."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise

@@ -1,0 +1,335 @@
+"""Originals from superpeers, over HTTP (`superpeer/original.py` is the other side), for a proxy on a node.
+
+    manifest, tags, referrers   asked of the superpeer each time: it checks who may, and keeps
+    blob, 1.                    the superpeer says how large it is, and its chunk table if it has one; it checks who may
+    blob, 2. with a table       chunk by chunk, verified each, kept here: single flight( kept( store, first of( `source`
+                                (a node's parents), superpeers ) ) ); whole at the end: verified by its digest
+    blob, 2. without            as a stream, which is verified by its digest before its last byte is passed on
+
+A superpeer has a table as soon as it has the whole, verified blob: it was made while the blob arrived. It is trusted as
+the superpeer is, for a chunk at a time; what a table leads to is checked by the blob's digest in the end.
+
+Where there is a `source`, N nodes that want a new blob do not take N streams: they wait until the superpeer has it
+whole, for `_PATIENCE` at most, and give each other its chunks then. What is `SMALL` is not worth that.
+The caller's credentials go along in a header of our own, for the superpeer to show to the registry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from typing import Annotated, Any
+from urllib.parse import parse_qsl
+
+import aiohttp
+import msgspec
+
+from dadi import digest as digests
+from dadi import http
+from dadi.blobs.disk import DiskBlobs
+from dadi.blobs.first_of import FirstOf
+from dadi.blobs.kept import Kept
+from dadi.blobs.single_flight import SingleFlight
+from dadi.blobs.source import Source, Urgency
+from dadi.blobs.verified import Verified
+from dadi.errors import DadiError, DigestMismatch, Malformed, NotFound, Unavailable, Unreachable
+from dadi.fallbacks import Fallbacks
+from dadi.index.chunks import Blob
+from dadi.oci.reference import Reference
+from dadi.originals.caller import Caller
+from dadi.originals.documents import Document
+from dadi.originals.intake import Intake
+from dadi.originals.original import Awaited, Chunked, Original, Passing
+from dadi.peers.shown import HEADER
+from dadi.peers.superpeers import Superpeers as Known
+from dadi.peers.token import MAX_TEXT
+from dadi.tls import Tls
+
+STALE, NEXT = "Dadi-Stale", "Dadi-Next"
+"""Headers: how old a stale document is (seconds); the parameters of a list's next page."""
+_MAX_DOCUMENT = 8 << 20
+_MAX_TABLE = 64 << 20
+_REMEMBERED = 10_000
+_TRIES = 3
+SMALL = 512 << 10
+"""Bytes up to which a blob is taken as a stream from the superpeer."""
+MOST_WAIT = 10.0
+"""Seconds that a superpeer lets one request for a chunk table wait."""
+_PATIENCE = 45.0
+"""Seconds: clients (containerd's image_pull_progress_timeout among them) give up after a minute without a byte."""
+
+OnTable = Callable[[Reference, Blob, str], Awaitable[None]]
+"""Told of a blob that is about to be read chunk by chunk, or is here as a whole: its reference, and its token."""
+
+
+class OriginalAnswer(msgspec.Struct, frozen=True):
+    """What a superpeer says of a blob: its size in bytes, and its chunk table if it knows it.
+
+    `proven`: what others have of it may be given to the caller too, see `Originals.is_proven`. `token`: opens it at
+    /v1/blobs of peers and superpeers. `coming`: it is on its way, and will have a table.
+    """
+
+    size: int
+    blob: Blob | None = None
+    proven: bool = False
+    token: Annotated[str, msgspec.Meta(max_length=MAX_TEXT)] = ""
+    coming: bool = False
+
+
+_answer = msgspec.msgpack.Decoder(OriginalAnswer)
+
+
+class _Asked(msgspec.Struct, frozen=True):
+    """For whom a blob is fetched."""
+
+    ref: Reference
+    caller: Caller
+
+
+class Superpeers:
+    """See the head of this file. `store` is closed by who opened it."""
+
+    def __init__(self, urls: Sequence[str], store: DiskBlobs, fallbacks: Fallbacks, *, connect: float = 3.0,
+                 read: float = 30.0, tls: Tls | None = None, source: Source | None = None,
+                 on_table: OnTable | None = None, known: Known | None = None) -> None:  # fmt: skip
+        """`known`: whom to ask, in place of `urls`; closed by who made it. Raises ConfigError for what is no URL."""
+        self._known = Known(urls, fallbacks) if known is None else known
+        self._owns_known = known is None
+        self._on_table = on_table
+        self._shared = source is not None
+        self._wait = int(min(MOST_WAIT, read / 2))
+        self._store = store
+        self._fallbacks = fallbacks
+        self._session = http.client(connect=connect, read=read, tls=tls)
+        self._intake = Intake(store, fallbacks, time.time)
+        self._asked: OrderedDict[str, _Asked] = OrderedDict()
+        self._coming: OrderedDict[str, str] = OrderedDict()
+        """The registries that blobs are arriving from."""
+        upstream: Source = Verified("superpeers", self)
+        if source is not None:
+            upstream = FirstOf([source, upstream], fallbacks)
+        self._kept = Kept(store, upstream, fallbacks)
+        self._chunks = SingleFlight(self._kept, by_chunk=self._shared)
+
+    def __repr__(self) -> str:
+        return f"Superpeers({self._known!r})"
+
+    # ---- documents
+
+    async def manifest(self, ref: Reference, caller: Caller) -> Document:
+        """See `Originals.manifest`."""
+        found = await self._document("manifests", str(ref), {}, caller)
+        if found.digest != digests.of(found.raw) or ref.digest not in (None, found.digest):
+            raise DigestMismatch(f"the manifest of {ref} from a superpeer is not what its digest says")
+        return found
+
+    async def tags(self, ref: Reference, parameters: dict[str, str], caller: Caller) -> Document:
+        """See `Originals.tags`."""
+        return await self._document("tags", str(ref), parameters, caller)
+
+    async def referrers(self, ref: Reference, artifact_type: str, caller: Caller) -> Document:
+        """See `Originals.referrers`."""
+        return await self._document("referrers", str(ref), {"artifact_type": artifact_type}, caller)
+
+    async def _document(self, kind: str, reference: str, parameters: dict[str, str], caller: Caller) -> Document:
+        parameters = {"reference": reference, **parameters}
+        async with self._ask(reference, f"/v1/{kind}", parameters, caller) as response:
+            raw = await _body(response, _MAX_DOCUMENT)
+            headers = response.headers
+            stale = headers.get(STALE, "")
+            return Document(raw, headers.get("Docker-Content-Digest", ""), headers.get("Content-Type", ""),
+                            dict(parse_qsl(headers.get(NEXT, ""))),
+                            float(stale) if stale.isdigit() else None)  # fmt: skip
+
+    async def challenge(self, registry: str) -> str | None:
+        """See `RegistryClient.challenge`."""
+        async with self._ask(registry, "/v1/challenge", {"registry": registry}, Caller()) as response:
+            found = msgspec.json.decode(await _body(response, _MAX_DOCUMENT), type=dict[str, str | None])
+            return found.get("challenge")
+
+    # ---- blobs
+
+    async def blob(self, ref: Reference, digest: str, caller: Caller) -> Original:
+        """See `Originals.blob`."""
+        return self._open(await self._said(ref, digest, caller), ref, digest, caller, may_wait=self._shared)
+
+    async def _said(self, ref: Reference, digest: str, caller: Caller, wait: int = 0) -> OriginalAnswer:
+        """Ask about a blob."""
+        parameters = {"reference": str(ref)}
+        here = self._store.has(digest)
+        if here:
+            parameters["table"] = "no"
+        if wait:
+            parameters["wait"] = str(wait)
+        async with self._ask(digest, f"/v1/original/{digest}/table", parameters, caller) as response:
+            raw = await _body(response, _MAX_TABLE)
+        try:
+            said = _answer.decode(raw)
+            if said.blob is not None and (said.blob.table.check().size != said.size or said.blob.digest != digest):
+                raise Malformed("another blob's chunk table")
+        except (msgspec.MsgspecError, DadiError) as error:
+            raise Malformed(f"what a superpeer says of {digest} makes no sense: {error}") from None
+        self._asked[digest] = _Asked(ref, caller)
+        self._asked.move_to_end(digest)
+        if len(self._asked) > _REMEMBERED:
+            self._asked.popitem(last=False)
+        blob = self._store.find(digest) if here and said.proven else said.blob
+        if self._on_table is not None and blob is not None and blob.size > SMALL:
+            await self._on_table(ref, blob, said.token)
+        return said
+
+    def _open(self, said: OriginalAnswer, ref: Reference, digest: str, caller: Caller, *, may_wait: bool) -> Original:
+        found = self._intake.find(digest)
+        coming = self._intake.arriving(digest)
+        if coming is not None and found is coming and self._coming.get(digest) == ref.registry:
+            return coming
+        if found is not None and found is not coming and said.proven:
+            return found
+        if found is not None:
+            # Here, but not for this caller yet: the superpeer has it proved by his registry while it passes.
+            return Passing(digest, said.size, lambda: self._stream(ref, digest, said.size, caller))
+        shared = self._shared and said.size > SMALL and self._fits(said.size)
+        if said.blob is not None and (shared or not self._shared) and self._fits(said.size):
+            return Chunked(self._store, said.blob, self._opened)
+        if shared and may_wait:
+            return Awaited(said.size, lambda: self._when_whole(ref, digest, caller))
+        self._coming[digest] = ref.registry
+        self._coming.move_to_end(digest)
+        if len(self._coming) > _REMEMBERED:
+            self._coming.popitem(last=False)
+        return self._intake.begin(digest, said.size, lambda _: self._stream(ref, digest, said.size, caller))
+
+    async def _when_whole(self, ref: Reference, digest: str, caller: Caller) -> Original:
+        """Wait until the superpeer has all of a blob; if that takes too long, have it as a stream."""
+        until = time.monotonic() + _PATIENCE
+        tries = 0
+        while True:
+            try:
+                said = await self._said(ref, digest, caller, self._wait)
+            except Unavailable as error:
+                tries += 1
+                if tries >= _TRIES:
+                    raise
+                self._fallbacks.note("superpeer asked again for a chunk table", error.message)
+                await asyncio.sleep(0.1 * tries)
+                continue
+            if not said.coming or time.monotonic() > until:
+                break
+        if said.blob is None and not self._store.has(digest):
+            self._fallbacks.note("no chunk table in time, original streamed", digest)
+        return self._open(said, ref, digest, caller, may_wait=False)
+
+    async def token(self, digest: str) -> str:
+        """Return a new token for a blob that was asked for, as for who asked last; raise NotFound if there is none."""
+        asked = self._asked.get(digest)
+        said = await self._said(asked.ref, digest, asked.caller) if asked else None
+        if said is None or not said.token:
+            raise NotFound(f"no token for {digest}")
+        return said.token
+
+    def _fits(self, size: int) -> bool:
+        return not self._store.limit or size <= self._store.limit
+
+    @contextlib.asynccontextmanager
+    async def _opened(self) -> AsyncIterator[Source]:
+        yield self._chunks
+
+    async def read(self, blob: Blob, chunks: range, urgency: Urgency = Urgency.DEMAND) -> list[bytes]:
+        """Be the source of chunks from superpeers, unverified; for `Verified` only."""
+        asked = self._asked.get(blob.digest)
+        if asked is None:
+            raise NotFound(f"nobody has asked for {blob.digest}")
+        offset, length = blob.table.span(chunks)
+        last = offset + length - 1
+        async with self._ask(blob.digest, f"/v1/original/{blob.digest}", {"reference": str(asked.ref)}, asked.caller,
+                             {"Range": f"bytes={offset}-{last}"}) as response:  # fmt: skip
+            _check_range(response, offset, last, blob.size)
+            parts = [await response.content.readexactly(blob.table.extent(chunk)[1]) for chunk in chunks]
+            if await response.content.read(1):
+                raise DigestMismatch("a superpeer sent more than the range it was asked for", source="superpeers")
+            return parts
+
+    async def _stream(self, ref: Reference, digest: str, size: int, caller: Caller) -> AsyncGenerator[bytes, None]:
+        """Yield a blob from its start; where one superpeer breaks off the next goes on."""
+        at = tries = 0
+        while at < size:
+            try:
+                headers = {"Range": f"bytes={at}-{size - 1}"}
+                async with self._ask(digest, f"/v1/original/{digest}", {"reference": str(ref)}, caller, headers,
+                                     first=tries) as response:  # fmt: skip
+                    _check_range(response, at, size - 1, size)
+                    async for piece in response.content.iter_any():
+                        at += len(piece)
+                        if at > size:
+                            raise DigestMismatch(f"a superpeer sent more than {size} bytes of {digest}")
+                        yield piece
+                if at < size:
+                    raise Unavailable(f"a superpeer cut {digest} off {size - at} bytes before its end")
+            except Unavailable as error:
+                # Few in all, progress or not: what was found to be wrong breaks off too, and comes anew each time.
+                tries += 1
+                if tries >= _TRIES:
+                    raise
+                self._fallbacks.note("original broken off, gone on", error.message)
+
+    # ---- asking
+
+    @contextlib.asynccontextmanager
+    async def _ask(self, key: str, path: str, parameters: dict[str, str], caller: Caller,
+                   headers: dict[str, str] | None = None, *, first: int = 0
+                   ) -> AsyncIterator[aiohttp.ClientResponse]:  # fmt: skip
+        """Ask the superpeer that owns `key`, or who stands in for it where it cannot be reached."""
+        sent = dict(headers or {})
+        if caller.authorization:
+            sent[HEADER] = caller.authorization
+        await self._known.ready()
+        urls = self._known.to_ask(key)
+        urls = urls[first % len(urls) :] + urls[: first % len(urls)]
+        for place, url in enumerate(urls):
+            answered = False
+            try:
+                what = f"asking for {key}"
+                async with (
+                    self._known.asking(url),
+                    http.request(self._session, "GET", url + path, what, params=parameters, headers=sent) as response,
+                ):
+                    answered = True
+                    yield response
+                    return
+            except Unreachable as error:
+                if answered or place + 1 == len(urls):
+                    raise
+                self._fallbacks.note("superpeer passed over", f"{url}: {error.message}")
+
+    def statistics(self) -> dict[str, Any]:
+        """Return counts for status and metrics."""
+        chunks = {"local_bytes": self._kept.local_bytes, "fetched_bytes": self._kept.fetched_bytes,
+                  "joined": self._chunks.joined}  # fmt: skip
+        return {"streamed": self._intake.statistics(), "chunks": chunks, "store": self._store.statistics()}
+
+    async def close(self) -> None:
+        """Break off what is under way."""
+        await self._intake.close()
+        await self._chunks.close()
+        await self._session.close()
+        if self._owns_known:
+            await self._known.close()
+
+
+async def _body(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    raw = bytearray()
+    async for piece in response.content.iter_any():
+        raw += piece
+        if len(raw) > limit:
+            raise Malformed(f"{response.url.origin()} answered more than {limit} bytes")
+    return bytes(raw)
+
+
+def _check_range(response: aiohttp.ClientResponse, first: int, last: int, size: int) -> None:
+    said = response.headers.get("Content-Range", "")
+    if response.status != 206 or said != f"bytes {first}-{last}/{size}":
+        told = f"{response.status} with {said or 'no range'}"
+        raise DigestMismatch(f"{response.url.origin()} answered {told} to bytes={first}-{last}", source="superpeers")

@@ -1,0 +1,34 @@
+"""What can be set of keeping originals, in the superpeer's and in the proxy's configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from dadi.config import SECONDS, described
+
+
+class OriginalsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Tags, who may, and what is done while the registry is away."""
+
+    tag_ttl: Annotated[
+        float, described("how long tags and lists are believed without asking the registry", SECONDS, at_least=0)
+    ] = 60.0
+    access_ttl: Annotated[
+        float, described("how long a caller whom the registry has accepted may go on without asking it", SECONDS,
+                         at_least=0)
+    ] = 60.0  # fmt: skip
+    stale: Annotated[
+        float, described("while the registry is away: how old tags, lists and permissions may be", SECONDS, at_least=0)
+    ] = 86400.0
+    patience: Annotated[
+        float, described("how long the registry may take before what is here, though old, is given", SECONDS,
+                         at_least=0)
+    ] = 2.0  # fmt: skip
+    lend_credentials: Annotated[
+        bool, described("true: who shows no credentials is served with those of this machine, whoever he is")
+    ] = False
+    most_records: Annotated[
+        int, described("how many tags, manifests and places of blobs are remembered; the oldest go first", at_least=1)
+    ] = 50_000

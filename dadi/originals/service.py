@@ -1,0 +1,341 @@
+"""Images as the registry has them, for callers whom the registry accepts: each byte once, whoever asks.
+
+    manifest, tags, referrers   `documents.py`
+    blob                        in the store; arriving already; assembled from chunks, where `packed` knows their table;
+                                else it begins to arrive; or passes by, where the store has no room for it
+    who may                     `access.py`; and the repository must have the blob: `records.py`
+
+`packed` is the superpeer's hook: the layers whose compressed bytes it fetches by ranges for others at the same time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from dadi import digest as digests
+from dadi.blobs.disk import DiskBlobs
+from dadi.errors import NotFound
+from dadi.fallbacks import Fallbacks
+from dadi.index.chunks import Blob
+from dadi.oci import index_document, media_types
+from dadi.oci.lookups import TagsPage
+from dadi.oci.manifest import Descriptor
+from dadi.oci.reference import Reference
+from dadi.oci.registry import RegistryClient
+from dadi.originals.access import Access
+from dadi.originals.arriving import Arriving
+from dadi.originals.away import Away, Flights
+from dadi.originals.caller import Caller
+from dadi.originals.config import OriginalsConfig
+from dadi.originals.documents import Document, Documents, Fetched
+from dadi.originals.intake import Intake
+from dadi.originals.original import Chunked, EitherOr, Original, whole_of
+from dadi.originals.records import Records
+
+_CAME = "came "
+Known = Callable[[str], Iterable[str]]
+"""Returns the repositories, with their registries, from which what is here of a layer came, by its digest."""
+Packed = Callable[[str], Awaitable[Chunked | None]]
+"""Returns how a blob is assembled from chunks, by its digest; None if that is not known."""
+
+
+class Originals:
+    """See the head of this file. `store` is closed by who opened it; so is `registry`."""
+
+    def __init__(self, config: OriginalsConfig, state: Path, store: DiskBlobs, registry: RegistryClient,
+                 fallbacks: Fallbacks, *, packed: Packed | None = None, known: Known = lambda digest: (),
+                 lend: bool | None = None, clock: Callable[[], float] = time.time) -> None:  # fmt: skip
+        """`lend`: as `config.lend_credentials`, which it overrides."""
+        if lend is not None:
+            config = msgspec.structs.replace(config, lend_credentials=lend)
+        self.store = store
+        self._fallbacks = fallbacks
+        self._packed = packed
+        self._known = known
+        self._clock = clock
+        self._away = Away(patience=config.patience, clock=clock)
+        self.records = Records(state / "originals", most=config.most_records, clock=clock)
+        self.access = Access(registry, config, self.records, self._away, fallbacks, clock)
+        self.documents = Documents(store, self.records, config, self._away, fallbacks)
+        self._flights = Flights()
+        self.intake = Intake(store, fallbacks, clock)
+        self._proving: dict[str, Intake] = {}
+        """By registry: blobs that are here and that it has to send all the same."""
+        self._came: dict[str, set[str]] = {}
+        """By digest: repositories (with their registries) from which all of a blob has come."""
+        self._coming: dict[str, str] = {}
+        """Where blobs come from that are arriving."""
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __repr__(self) -> str:
+        return f"Originals({self.records!r}, {self.intake!r})"
+
+    async def start(self) -> None:
+        """Read what earlier runs left."""
+        await self.records.load()
+        self.access.start()
+        for record in self.records.with_prefix(_CAME):
+            name = record.key.removeprefix(_CAME).rpartition("@")[0]
+            self._came.setdefault(record.digest, set()).add(name)
+
+    # ---- documents
+
+    async def manifest(self, ref: Reference, caller: Caller) -> Document:
+        """Return the manifest or index that a reference leads to, verified.
+
+        Raises what `RegistryClient` raises, LoginRequired.
+        """
+        key = f"manifest {ref.name}{'@' if ref.digest else ':'}{ref.identifier}"
+        client = self.access.client(ref.registry, caller)
+
+        async def probe(asker: RegistryClient) -> None:
+            if not self.documents.has(key):
+                fetched = await _manifest(asker, ref)
+                await self.documents.learn(key, fetched)
+                await self._learn_by_digest(ref, fetched)
+            else:
+                await self.documents.confirm(key, (await asker.resolve(ref)).digest)
+
+        async def revalidate() -> str:
+            found = await client.resolve(ref)
+            self.access.admit(ref, caller)
+            return found.digest
+
+        async def fetch() -> Fetched:
+            fetched = await _manifest(client, ref)
+            await self._learn_by_digest(ref, fetched)
+            return fetched
+
+        await self.access.check(ref, caller, probe)
+        return await self.documents.get(ref.registry, key, fetch, revalidate, immutable=ref.digest is not None)
+
+    async def _learn_by_digest(self, ref: Reference, fetched: Fetched) -> None:
+        if ref.digest is None:  # it is asked for by its digest next
+            await self.documents.learn(f"manifest {ref.name}@{fetched.digest}", fetched)
+
+    async def tags(self, ref: Reference, parameters: dict[str, str], caller: Caller) -> Document:
+        """Return a page of the repository's tags, as JSON; `parameters` are n and last."""
+        page = "&".join(f"{name}={parameters[name]}" for name in sorted(parameters))
+        key = f"tags {ref.name} {page}"
+
+        async def fetch(asker: RegistryClient) -> Fetched:
+            found = _paged(await asker.tags(ref, parameters), parameters)
+            raw = msgspec.json.encode({"name": ref.repository, "tags": found.tags})
+            return Fetched(raw, digests.of(raw), "application/json", found.following)
+
+        async def probe(asker: RegistryClient) -> None:
+            await self.documents.learn(key, await fetch(asker))
+
+        await self.access.check(ref, caller, probe)
+        client = self.access.client(ref.registry, caller)
+        return await self.documents.get(ref.registry, key, lambda: fetch(client))
+
+    async def referrers(self, ref: Reference, artifact_type: str, caller: Caller) -> Document:
+        """Return the index of what has the reference's digest as its subject, of one artifact type if that is given."""
+        assert ref.digest is not None
+        digest = ref.digest
+        client = self.access.client(ref.registry, caller)
+
+        async def fetch() -> Fetched:
+            raw = _index(await client.referrers(ref, digest))
+            return Fetched(raw, digests.of(raw), media_types.OCI_INDEX)
+
+        async def probe(asker: RegistryClient) -> None:
+            # Not by the referrers: that there are none is also what somebody is told who may not see them.
+            try:
+                await asker.resolve(ref)
+            except NotFound:
+                await asker.tags(ref, {"n": "1"})
+
+        await self.access.check(ref, caller, probe)
+        found = await self.documents.get(ref.registry, f"referrers {ref.name} {digest}", fetch)
+        if not artifact_type:
+            return found
+        entries = index_document.parse(found.raw, media_types.OCI_INDEX).descriptors
+        raw = _index([entry for entry in entries if entry.artifact_type == artifact_type])
+        return msgspec.structs.replace(found, raw=raw, digest=digests.of(raw))
+
+    # ---- blobs
+
+    async def blob(self, ref: Reference, digest: str, caller: Caller) -> Original:
+        """Return a blob of the repository of `ref`. Raises LoginRequired, NotFound, what `RegistryClient` raises."""
+        size = await self.size(ref, digest, caller)
+        client = self.access.client(ref.registry, caller)
+        return await self._open(ref, Descriptor("", digest, size), client)
+
+    async def size(self, ref: Reference, digest: str, caller: Caller) -> int:
+        """Return how many bytes a blob of the repository has, if the caller may have it. Raises as `blob` does."""
+        ref = Reference(ref.registry, ref.repository).at(digest)
+        key = f"blob {ref.name}@{digest}"
+
+        async def ask(asker: RegistryClient) -> None:
+            await self.records.learn(key, digest, await asker.blob_size(ref, digest))
+
+        await self.access.check(ref, caller, ask)
+        client = self.access.client(ref.registry, caller)
+        if self.records.find(key) is None:
+            await self._flights.join(key, lambda: ask(client))
+        record = self.records.find(key)
+        if record is None:
+            raise NotFound(f"{ref.name} has no blob {digest}")
+        return record.size
+
+    def is_proven(self, ref: Reference, digest: str) -> bool:
+        """Whether what is here of a blob may be given to who may read the repository of `ref`, which has it.
+
+        It may if it came from the same registry, or from a repository that everybody may read. Another registry's word
+        alone is no proof that it has the bytes: a registry of somebody's own would name the digests of others' blobs.
+        """
+        came = self._came.get(digest, ())
+        return any(self._is_shared(ref, name) for name in came) or any(
+            self._is_shared(ref, name) for name in self._known(digest)
+        )
+
+    def _is_shared(self, ref: Reference, name: str) -> bool:
+        return _registry_of(name) == ref.registry or self.access.is_public(name)
+
+    def _find(self, ref: Reference, digest: str) -> Original | None:
+        """Return a blob that is here or arriving, if it may be given to who may read the repository of `ref`.
+
+        Of what is arriving only what comes from his own registry: any other could stall it, or send what is wrong.
+        """
+        whole = self.intake.whole(digest) if self.is_proven(ref, digest) else None
+        arriving, coming = self.intake.arriving(digest), self._coming.get(digest, "")
+        if whole is not None or arriving is None:
+            return whole
+        own = _registry_of(coming) == ref.registry or (arriving.verified and self._is_shared(ref, coming))
+        return arriving if own else None
+
+    async def _open(self, ref: Reference, descriptor: Descriptor, client: RegistryClient) -> Original:
+        digest = descriptor.digest
+        chunked: Chunked | None = None
+        intake = self.intake
+        if (here := self._find(ref, digest)) is not None:
+            return here
+        if self._packed is not None and self.is_proven(ref, digest):
+            chunked = await self._packed(digest)
+        if chunked is None and intake.find(digest) is not None:
+            # Here, but from elsewhere: this registry has to send it all once, and then has proved that it has it.
+            intake = self._proving.setdefault(ref.registry, Intake(self.store, self._fallbacks, self._clock))
+            if (proving := intake.arriving(digest)) is not None:
+                return proving
+
+        def stream(distrust: bool) -> AsyncGenerator[bytes, None]:
+            return client.blob(ref, descriptor, mirrors=not distrust)
+
+        def verified() -> None:
+            self._coming.pop(digest, None)
+            self._came.setdefault(digest, set()).add(ref.name)
+            task = asyncio.create_task(self._learn_came(ref.name, descriptor))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        def begin() -> Original:
+            if intake is self.intake and (found := self._find(ref, digest)) is not None:
+                return found
+            if intake is self.intake:
+                self._coming[digest] = ref.name
+            return intake.begin(digest, descriptor.size, stream, verified)
+
+        if chunked is None:
+            return begin()
+        return EitherOr(chunked, begin, self._fallbacks)
+
+    async def make_whole(self, ref: Reference, digest: str, caller: Caller, seconds: float) -> bool:
+        """Have all of a blob brought here, once for all who want that; False if it is not done after `seconds`.
+
+        True says that nothing is under way any more, not that there was room to keep it. Raises as `blob` does.
+        """
+        try:
+            work = partial(self._make_whole, ref, digest, caller)
+            await self._flights.join(f"whole {ref.name}@{digest}", work, seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _make_whole(self, ref: Reference, digest: str, caller: Caller) -> None:
+        original: Original | None = await self.blob(ref, digest, caller)
+        if isinstance(original, EitherOr):
+            async with contextlib.aclosing(original.parts(0, original.size)) as parts:
+                async for _ in parts:
+                    pass
+            original = self.intake.arriving(digest)
+        if isinstance(original, Arriving):
+            await original.settled()
+
+    async def _learn_came(self, name: str, descriptor: Descriptor) -> None:
+        await self.records.learn(f"{_CAME}{name}@{descriptor.digest}", descriptor.digest, descriptor.size)
+
+    def local(self, ref: Reference, digest: str) -> AsyncGenerator[bytes, None] | None:
+        """Return the bytes of a layer of an image that is here or arriving; None if it is not, or is not proven.
+
+        For who needs all of it in this process.
+        """
+        here = self._find(ref, digest)
+        return None if here is None else whole_of(here)
+
+    def table(self, ref: Reference, digest: str) -> Blob | None:
+        """Return a whole, verified blob with its chunk table, by which others may fetch it piece by piece."""
+        return self.store.find(digest) if self.store.has(digest) and self.is_proven(ref, digest) else None
+
+    # ---- state
+
+    def statistics(self) -> dict[str, Any]:
+        """Return counts for `dadi status` and the metrics."""
+        return {
+            "records": len(self.records),
+            "documents_fetched": self.documents.fetched,
+            "documents_revalidated": self.documents.revalidated,
+            "documents_stale": self.documents.stale,
+            "access_asked": self.access.asked,
+            "access_refused": self.access.refusals,
+            **self.intake.statistics(),
+        }
+
+    async def close(self) -> None:
+        """Break off what is under way."""
+        for intake in (self.intake, *self._proving.values()):
+            await intake.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._flights.close()
+        await self.documents.close()
+        await self.access.close()
+
+
+def _registry_of(name: str) -> str:
+    return name.partition("/")[0]
+
+
+async def _manifest(client: RegistryClient, ref: Reference) -> Fetched:
+    descriptor, raw = await client.manifest(ref)
+    return Fetched(raw, descriptor.digest, descriptor.media_type)
+
+
+def _paged(page: TagsPage, parameters: dict[str, str]) -> TagsPage:
+    """Return the page that was asked for, also from a registry that answers with all tags whatever was asked for."""
+    most = int(parameters.get("n", "0"))
+    if not most or len(page.tags) <= most:
+        return page
+    tags = sorted(tag for tag in page.tags if tag > parameters.get("last", ""))
+    following = {"n": str(most), "last": tags[most - 1]} if len(tags) > most else {}
+    return TagsPage(tuple(tags[:most]), following)
+
+
+def _index(entries: list[Descriptor]) -> bytes:
+    rows = []
+    for entry in entries:
+        row: dict[str, Any] = {"mediaType": entry.media_type, "digest": entry.digest, "size": entry.size}
+        if entry.artifact_type:
+            row["artifactType"] = entry.artifact_type
+        if entry.annotations:
+            row["annotations"] = entry.annotations
+        rows.append(row)
+    return msgspec.json.encode({"schemaVersion": 2, "mediaType": media_types.OCI_INDEX, "manifests": rows})

@@ -1,0 +1,271 @@
+"""The proxy's HTTP: the pull side of the OCI distribution API, and the one place where its error JSON is written.
+
+    GET       /healthz, /metrics, /v1/status        as our other programs
+    GET, HEAD /v2/…                                 see `paths.py`; `?ns=` names the registry
+    others    /v2/…                                 405 UNSUPPORTED, or passed on to the registry (`uploads.py`)
+
+An error is {"errors": [{"code", "message", "detail"}]} with the specification's codes. The client's Authorization
+header goes to the registry of this request and nowhere else; what the registry asks for (WWW-Authenticate) goes back
+to the client, who then gets a token for that registry by himself.
+
+A request that two programs could read differently is refused: a body where none belongs, a header given twice that
+must be given once, a path that would have to be normalised. (OCI distribution specification 1.1, "Pull", "Error
+Codes"; RFC 9110; RFC 9112, 11.2.)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import urlencode
+
+import structlog
+from aiohttp import HttpVersion10, web
+
+from dadi import digest as digests
+from dadi import metrics
+from dadi.errors import (
+    AccessDenied,
+    DadiError,
+    DigestMismatch,
+    InvalidRequest,
+    LoginRequired,
+    NotFound,
+    StoreFull,
+    Unavailable,
+    Unsupported,
+)
+from dadi.fallbacks import Fallbacks
+from dadi.oci.reference import Reference, parse_registry
+from dadi.originals import caller as callers
+from dadi.originals import serving
+from dadi.originals.documents import Document
+from registry_proxy import paths
+from registry_proxy.config import FrontConfig
+from registry_proxy.paths import Kind, Route
+from registry_proxy.upstream import Upstream
+
+log = structlog.get_logger()
+_VERSION = {"Docker-Distribution-API-Version": "registry/2.0"}
+_MAX_HEADER = 32 << 10
+"""Bytes of one header: tokens of some registries have more than the 8 KiB that are usual."""
+_ONCE = ("Authorization", "Host", "Range", "Content-Length", "Transfer-Encoding", "If-Range")
+_STALE = '110 - "Response is Stale", 111 - "Revalidation Failed"'
+
+Forward = Callable[[web.Request, Reference, Route], Awaitable[web.StreamResponse]]
+"""Passes a request that is no pull on to the registry."""
+
+
+class Front:
+    """The handler of all requests; see the head of this file."""
+
+    def __init__(self, config: FrontConfig, upstream: Upstream, forward: Forward) -> None:
+        """Raises InvalidRequest if `config.upstream` is no registry."""
+        self._config = config
+        self._default = parse_registry(config.upstream)
+        self._upstream = upstream
+        self._forward = forward
+        self.blobs: Counter[str] = Counter({"requests": 0, "bytes": 0, "cut": 0})
+        self.requests: Counter[str] = Counter(dict.fromkeys(("manifests", "stale", "refused", "unauthorized"), 0))
+
+    def statistics(self) -> dict[str, Any]:
+        """Return counts of requests, and of blobs that were served."""
+        return {"requests": dict(self.requests), "served": dict(self.blobs)}
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Answer any request below /v2."""
+        route: Route | None = None
+        try:
+            path = request.raw_path.partition("?")[0]
+            route = paths.split(path)
+            _check_shape(request)
+            return await self._answer(request, route)
+        except DadiError as error:
+            self.requests["unauthorized" if isinstance(error, LoginRequired) else "refused"] += 1
+            return _problem(error, route)
+        except (web.HTTPException, ConnectionResetError):
+            raise
+        except Exception:
+            log.exception("a fault of ours", method=request.method, path=request.path)
+            return _errors("UNKNOWN", "a fault of ours; the log has its trace", None, 500)
+
+    async def _answer(self, request: web.Request, route: Route) -> web.StreamResponse:
+        ns = _one(request, "ns")
+        if route.kind is Kind.BASE:
+            return await self._base(request, ns)
+        repository = paths.repository(route.name, ns, self._default)
+        if request.method not in ("GET", "HEAD") or route.kind is Kind.UPLOAD:
+            if self._config.uploads == "pass":
+                _check_identifier(repository, route)
+                return await self._forward(request, repository, route)
+            return _errors("UNSUPPORTED", "this is a mirror: push to the registry itself", None, 405,
+                           {"Allow": "GET, HEAD"})  # fmt: skip
+        caller = callers.parse(request.headers.get("Authorization"))
+        match route.kind:
+            case Kind.MANIFEST:
+                self.requests["manifests"] += 1
+                ref = paths.identified(repository, route.identifier)
+                return self._document(request, await self._upstream.manifest(ref, caller), named=True)
+            case Kind.BLOB:
+                digest = digests.parse(route.identifier)
+                original = await self._upstream.blob(repository, digest, caller)
+                headers = {**_VERSION, "Content-Type": "application/octet-stream"}
+                return await serving.respond(request, digest, original, headers, self.blobs)
+            case Kind.TAGS:
+                parameters = _page(request)
+                found = await self._upstream.tags(repository, parameters, caller)
+                return self._document(request, found, link=_next(request, ns, found))
+            case _:
+                subject = repository.at(digests.parse(route.identifier))
+                artifact_type = _one(request, "artifactType") or ""
+                found = await self._upstream.referrers(subject, artifact_type[:200], caller)
+                headers = {"OCI-Filters-Applied": "artifactType"} if artifact_type else {}
+                return self._document(request, found, more=headers)
+
+    async def _base(self, request: web.Request, ns: str | None) -> web.Response:
+        if request.method not in ("GET", "HEAD"):
+            return _errors("UNSUPPORTED", "nothing to be done here", None, 405, {"Allow": "GET, HEAD"})
+        if self._config.login and "Authorization" not in request.headers:
+            registry = parse_registry(ns) if ns is not None else self._default
+            challenge = await self._upstream.challenge(registry)
+            if challenge:
+                raise LoginRequired(f"{registry} wants to know who asks", challenge=challenge)
+        return web.json_response({}, headers=_VERSION)
+
+    def _document(self, request: web.Request, document: Document, *, named: bool = False, link: str = "",
+                  more: dict[str, str] | None = None) -> web.Response:  # fmt: skip
+        headers = {**_VERSION, "Content-Type": document.media_type, **(more or {})}
+        if link:
+            headers["Link"] = link
+        if named:
+            etag = f'"{document.digest}"'
+            headers |= {"Docker-Content-Digest": document.digest, "ETag": etag}
+        if document.stale is not None:
+            self.requests["stale"] += 1
+            headers |= {"Warning": _STALE, "Age": str(int(document.stale))}
+        if named and etag in [tag.strip().removeprefix("W/") for tag in
+                              request.headers.get("If-None-Match", "").split(",")]:  # fmt: skip
+            del headers["Content-Type"]
+            return web.Response(status=304, headers=headers)
+        return web.Response(body=document.raw, headers=headers)
+
+
+def create(front: Front, upstream: Upstream, fallbacks: Fallbacks) -> web.Application:
+    """Return the application."""
+    app = web.Application(client_max_size=1 << 20, handler_args={"max_field_size": _MAX_HEADER})
+
+    def statistics() -> dict[str, Any]:
+        return {**front.statistics(), **upstream.statistics(), "fallbacks": fallbacks.statistics()}
+
+    async def healthz(request: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def status(request: web.Request) -> web.Response:
+        return web.json_response(statistics())
+
+    app.router.add_get("/healthz", healthz)
+    app.router.add_get("/v1/status", status)
+    app.router.add_get("/metrics", metrics.handler("dadi_registry_proxy", statistics))
+    app.router.add_route("*", "/{path:.*}", front.handle)
+    return app
+
+
+# ---- what is read of a request
+
+
+def _check_shape(request: web.Request) -> None:
+    """Raise InvalidRequest for what a program behind or before us could understand differently."""
+    if request.version < HttpVersion10:
+        raise InvalidRequest("a request of HTTP/0.9")
+    for name in _ONCE:
+        if len(request.headers.getall(name, ())) > 1:
+            raise InvalidRequest(f"the header {name} is given more than once")
+    if request.method in ("GET", "HEAD") and request.can_read_body:
+        raise InvalidRequest(f"a {request.method} with a body")
+
+
+def _check_identifier(repository: Reference, route: Route) -> None:
+    if route.kind is Kind.MANIFEST:
+        paths.identified(repository, route.identifier)
+    elif route.kind is Kind.BLOB:
+        digests.parse(route.identifier)
+
+
+def _one(request: web.Request, name: str) -> str | None:
+    found = request.query.getall(name, [])
+    if len(found) > 1:
+        raise InvalidRequest(f"the parameter {name} is given more than once")
+    return found[0] if found else None
+
+
+def _page(request: web.Request) -> dict[str, str]:
+    """Return the parameters n and last of a list (specification, "Listing Tags")."""
+    parameters = {}
+    n, last = _one(request, "n"), _one(request, "last")
+    if n is not None:
+        if not (n.isascii() and n.isdigit() and len(n) <= 9):
+            raise InvalidRequest("n is not a number of tags")
+        parameters["n"] = str(int(n))
+    if last is not None:
+        if len(last) > 128 or not last.isprintable():
+            raise InvalidRequest("last is not a tag")
+        parameters["last"] = last
+    return parameters
+
+
+def _next(request: web.Request, ns: str | None, found: Document) -> str:
+    if not found.following:
+        return ""
+    query = urlencode({**found.following, **({"ns": ns} if ns is not None else {})})
+    return f'<{request.raw_path.partition("?")[0]}?{query}>; rel="next"'
+
+
+# ---- errors
+
+
+_UNKNOWN = {Kind.MANIFEST: "MANIFEST_UNKNOWN", Kind.BLOB: "BLOB_UNKNOWN"}
+
+
+def _problem(error: DadiError, route: Route | None) -> web.Response:
+    """Return what the specification has for an error (its "Error Codes"); clients go on to the next mirror by it."""
+    headers: dict[str, str] = {}
+    match error:
+        case LoginRequired():
+            code, status = "UNAUTHORIZED", 401
+            if error.challenge:
+                headers["WWW-Authenticate"] = error.challenge
+        case AccessDenied():
+            code, status = "DENIED", 403
+        case NotFound():
+            code, status = _UNKNOWN.get(route.kind, "NAME_UNKNOWN") if route else "NAME_UNKNOWN", 404
+        case InvalidRequest():
+            code, status = _invalid(error, route), 400
+        case Unsupported():
+            code, status = "UNSUPPORTED", 501
+        case Unavailable() | StoreFull():
+            code, status = "UNAVAILABLE", 503
+            if isinstance(error, Unavailable) and error.retry_after is not None:
+                code, status = "TOOMANYREQUESTS", 429
+                headers["Retry-After"] = str(int(error.retry_after + 1))
+        case DigestMismatch():
+            code, status = "DIGEST_INVALID", 502
+        case _:
+            code, status = "UNKNOWN", max(error.status, 500)
+    return _errors(code, error.message, error.hint, status, headers)
+
+
+def _invalid(error: InvalidRequest, route: Route | None) -> str:
+    if "digest" in error.message:
+        return "DIGEST_INVALID"
+    if "tag" in error.message and route is not None and route.kind is Kind.MANIFEST:
+        return "MANIFEST_INVALID"
+    return "NAME_INVALID" if route is not None and route.kind is not Kind.BASE else "UNSUPPORTED"
+
+
+def _errors(code: str, message: str, detail: str | None, status: int, headers: dict[str, str] | None = None
+            ) -> web.Response:  # fmt: skip
+    body = {"errors": [{"code": code, "message": message, "detail": detail}]}
+    return web.json_response(body, status=status, headers={**_VERSION, **(headers or {})})
+
+

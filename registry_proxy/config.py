@@ -1,0 +1,64 @@
+"""The proxy's configuration; `dadi-registry-proxy --print-default-config` prints it with its explanations."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from dadi.config import SECONDS, SIZE, described
+from dadi.log import LogLevel
+from dadi.oci.config import RegistryConfig
+from dadi.originals.config import OriginalsConfig
+from dadi.tls import TlsConfig
+
+
+class StoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where blobs are kept."""
+
+    limit: Annotated[
+        int, described("how much disk blobs may take; the least recently used go first; 0: no limit", SIZE, at_least=0)
+    ] = 0
+
+
+class FrontConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the proxy answers its clients; the part that does not depend on where bytes come from."""
+
+    upstream: Annotated[
+        str, described("the registry of requests that name none, neither by ?ns= nor as the path's first part")
+    ] = "docker.io"
+    uploads: Annotated[
+        Literal["refuse", "pass"], described("what is pushed: refused, or passed on to the registry")
+    ] = "refuse"
+    login: Annotated[
+        bool,
+        described("answer /v2/ as the upstream does: clients that only look there then show their credentials"),
+    ] = False
+
+
+class ProxyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole file."""
+
+    listen: Annotated[str, described("address and port for container engines; port 0 takes a free one")] = (
+        "127.0.0.1:7072"
+    )
+    state: Annotated[str, described("directory for blobs and what registries have said")] = "/var/lib/dadi/proxy"
+    superpeers: Annotated[
+        tuple[str, ...],
+        described("URLs, or dns+http://NAME:PORT for all its addresses; none: all comes straight from the registries"),
+    ] = ()
+    connect: Annotated[float, described("how long a connection to a superpeer may take", SECONDS, at_least=0)] = 3.0
+    stall: Annotated[
+        float, described("a superpeer that sends nothing for this long is asked anew", SECONDS, at_least=0)
+    ] = 30.0
+    log_level: Annotated[LogLevel, described("debug, info, warning or error")] = "info"
+    log_json: Annotated[bool, described("true: one JSON object a line; false: for people")] = False
+    front: Annotated[FrontConfig, described("how clients are answered")] = FrontConfig()
+    store: Annotated[StoreConfig, described("the blob store")] = StoreConfig()
+    originals: Annotated[
+        OriginalsConfig, described("tags and permissions; with superpeers it is theirs that counts")
+    ] = OriginalsConfig()
+    tls: Annotated[TlsConfig, described("TLS towards superpeers, and for container engines")] = TlsConfig()
+    registry: Annotated[
+        RegistryConfig, described("the registries and how to talk to them; with superpeers only for what is pushed")
+    ] = RegistryConfig()

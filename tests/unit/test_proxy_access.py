@@ -1,0 +1,139 @@
+"""Who may: what the registry is asked, what is remembered, and what holds while it is away. Time is the test's."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from dadi.errors import AccessDenied, LoginRequired, NotFound, Unavailable
+from dadi.fallbacks import Fallbacks
+from dadi.oci.config import RegistryConfig
+from dadi.oci.reference import Reference
+from dadi.oci.registry import RegistryClient
+from dadi.originals.access import Access
+from dadi.originals.away import Away
+from dadi.originals.caller import ANYBODY, Caller
+from dadi.originals.config import OriginalsConfig
+from dadi.originals.records import Records
+
+REF = Reference.parse("reg.example/team/app:1")
+ANNE, BOB = Caller("Bearer anne"), Caller("Bearer bob")
+
+
+class Registry(RegistryClient):
+    """A registry that lets in who is in `allowed`; a client of it is known by its caller's key."""
+
+    def __init__(self) -> None:
+        super().__init__(RegistryConfig())
+        self.allowed: set[str] = set()
+        self.away = False
+        self.asked: list[str] = []
+
+    async def challenge(self, registry: str, ref: Reference | None = None) -> str | None:
+        return 'Bearer realm="https://reg.example/token"'
+
+
+class Site:
+    def __init__(self, directory: Path, **options: float) -> None:
+        self.now = 1000.0
+        self.registry = Registry()
+        self.fallbacks = Fallbacks()
+        self.records = Records(directory, most=100, clock=lambda: self.now)
+        away = Away(patience=0.05, clock=lambda: self.now)
+        self.config = OriginalsConfig(access_ttl=60.0, stale=3600.0)
+        self.access = Access(self.registry, self.config, self.records, away, self.fallbacks, lambda: self.now)
+
+    async def check(self, caller: Caller) -> None:
+        mine = {caller.key: caller, "": ANYBODY}
+
+        async def probe(client: RegistryClient) -> None:
+            key = next(key for key in mine if self.access.client(REF.registry, mine[key]) is client)
+            self.registry.asked.append(key)
+            if self.registry.away:
+                raise Unavailable("away")
+            if key not in self.registry.allowed:
+                raise AccessDenied("no")
+
+        await self.access.check(REF, caller, probe)
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> Site:
+    site = Site(tmp_path / "records")
+    await site.records.load()
+    return site
+
+
+async def test_what_everybody_may_read_is_asked_once_for_all(site: Site) -> None:
+    site.registry.allowed = {""}
+    for caller in (ANYBODY, ANNE, BOB, ANNE):
+        await site.check(caller)
+    assert site.registry.asked == [""]
+
+
+async def test_a_yes_is_the_callers_alone_and_ends(site: Site) -> None:
+    site.registry.allowed = {ANNE.key}
+    await site.check(ANNE)
+    await site.check(ANNE)
+    assert site.registry.asked == ["", ANNE.key]
+    with pytest.raises(LoginRequired) as caught:
+        await site.check(BOB)
+    assert caught.value.challenge.startswith("Bearer realm=")
+    site.now += 61
+    site.registry.allowed.clear()
+    with pytest.raises(LoginRequired):
+        await site.check(ANNE)
+
+
+async def test_a_refusal_is_believed_for_a_moment(site: Site) -> None:
+    for _ in range(100):
+        with pytest.raises(LoginRequired):
+            await site.check(BOB)
+    assert site.registry.asked == ["", BOB.key]
+    site.registry.allowed = {BOB.key}
+    site.now += 6
+    await site.check(BOB)
+
+
+async def test_an_old_yes_holds_while_the_registry_is_away_and_a_no_never_becomes_one(site: Site) -> None:
+    site.registry.allowed = {ANNE.key}
+    await site.check(ANNE)
+    site.now += 100
+    site.registry.away = True
+    await site.check(ANNE)
+    assert [row["kind"] for row in site.fallbacks.statistics()] == ["registry away, an earlier permission holds"]
+    with pytest.raises(Unavailable):
+        await site.check(BOB)
+    site.now += 4000
+    with pytest.raises(Unavailable):
+        await site.check(ANNE)
+
+
+async def test_what_everybody_may_read_is_known_after_a_restart_and_what_one_may_is_not(
+    tmp_path: Path, site: Site
+) -> None:
+    site.registry.allowed = {""}
+    await site.check(ANYBODY)
+    again = Site(tmp_path / "records")
+    await again.records.load()
+    again.access.start()
+    again.registry.away = True
+    await again.check(ANYBODY)
+
+
+async def test_many_who_ask_at_once_are_one_question(site: Site) -> None:
+    site.registry.allowed = {""}
+    await asyncio.gather(*(site.check(ANYBODY) for _ in range(100)))
+    assert site.registry.asked == [""]
+
+
+async def test_that_something_is_missing_is_no_permission(site: Site) -> None:
+    async def probe(client: RegistryClient) -> None:
+        raise NotFound("no such tag")
+
+    with pytest.raises(NotFound):
+        await site.access.check(REF, ANNE, probe)
+    with pytest.raises(LoginRequired):
+        await site.check(ANNE)

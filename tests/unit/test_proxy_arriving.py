@@ -1,0 +1,165 @@
+"""A blob on its way in: readers at any pace, wrong bytes, breaking off; nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, AsyncIterator
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dadi import digest as digests
+from dadi.blobs.disk import DiskBlobs
+from dadi.errors import DadiError, DigestMismatch, Unavailable
+from dadi.fallbacks import Fallbacks
+from dadi.index.chunks import table_of
+from dadi.originals.arriving import Arriving
+from dadi.originals.original import Original, Passing
+
+DATA = Random(1).randbytes(1_000_000)
+DIGEST = digests.of(DATA)
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[DiskBlobs]:
+    store = DiskBlobs(tmp_path)
+    yield store
+    await store.close()
+
+
+class Stream:
+    """Pieces that come when the test says so. `error` is raised at the end."""
+
+    def __init__(self, pieces: list[bytes], error: DadiError | None = None) -> None:
+        self.pieces = pieces
+        self.error = error
+        self.allowed = asyncio.Semaphore(0)
+        self.closed = False
+
+    def go(self, pieces: int = 10_000) -> None:
+        for _ in range(pieces):
+            self.allowed.release()
+
+    async def __call__(self) -> AsyncGenerator[bytes, None]:
+        try:
+            for piece in self.pieces:
+                await self.allowed.acquire()
+                yield piece
+            if self.error is not None:
+                raise self.error
+        finally:
+            self.closed = True
+
+
+def pieces_of(data: bytes, size: int = 100_000) -> list[bytes]:
+    return [data[at : at + size] for at in range(0, len(data), size)]
+
+
+def arriving(store: DiskBlobs, stream: Stream, size: int = len(DATA)) -> tuple[Arriving, asyncio.Event]:
+    ended = asyncio.Event()
+    return Arriving(store, DIGEST, size, stream, Fallbacks(), lambda _: ended.set()), ended
+
+
+async def read(original: Original, offset: int = 0, length: int = len(DATA)) -> bytes:
+    got = b""
+    async for part in original.parts(offset, length):
+        got += part.data if part.data is not None else os.pread(part.fd, part.length, part.offset)
+    return got
+
+
+async def test_readers_of_any_range_get_their_bytes_and_it_is_kept_with_a_table(store: DiskBlobs) -> None:
+    stream = Stream(pieces_of(DATA))
+    blob, ended = arriving(store, stream)
+    readers = [asyncio.create_task(read(blob, at, 50_000)) for at in range(0, 950_000, 70_000)]
+    stream.go(3)
+    while blob.here < 300_000:
+        await asyncio.sleep(0)
+    late = asyncio.create_task(read(blob))
+    stream.go()
+    assert await late == DATA
+    assert [await reader for reader in readers] == [DATA[at : at + 50_000] for at in range(0, 950_000, 70_000)]
+    await ended.wait()
+    found = store.find(DIGEST)
+    assert found is not None
+    assert found.table == table_of(DATA)
+
+
+async def test_nobody_gets_the_last_byte_before_the_whole_is_verified(store: DiskBlobs) -> None:
+    stream = Stream(pieces_of(DATA))
+    blob, ended = arriving(store, stream)
+    parts = blob.parts(0, 1000)
+    stream.go(9)
+    part = await anext(parts)
+    assert part.length == 999
+    stream.go()
+    assert (await anext(parts)).length == 1
+    await parts.aclose()
+    await ended.wait()
+
+
+async def test_wrong_bytes_reach_nobody_whole_and_are_not_kept(store: DiskBlobs, tmp_path: Path) -> None:
+    wrong = DATA[:-1] + bytes([DATA[-1] ^ 1])
+    stream = Stream(pieces_of(wrong))
+    blob, ended = arriving(store, stream)
+    stream.go()
+    for offset, length in ((0, len(DATA)), (0, 10), (len(DATA) - 1, 1)):
+        with pytest.raises(DigestMismatch):
+            await read(blob, offset, length)
+    await ended.wait()
+    await blob.close()
+    assert not store.has(DIGEST)
+    assert not list((tmp_path / "incoming").iterdir())
+
+
+async def test_breaking_off_is_told_to_readers_and_leaves_nothing(store: DiskBlobs, tmp_path: Path) -> None:
+    stream = Stream(pieces_of(DATA))
+    blob, ended = arriving(store, stream)
+    reader = asyncio.create_task(read(blob))
+    stream.go(2)
+    while not blob.here:
+        await asyncio.sleep(0)
+    await blob.close()
+    with pytest.raises(Unavailable):
+        await reader
+    await ended.wait()
+    assert stream.closed
+    assert not list((tmp_path / "incoming").iterdir())
+
+
+async def test_an_error_of_the_stream_is_the_readers_error(store: DiskBlobs) -> None:
+    stream = Stream(pieces_of(DATA[:500_000]), Unavailable("the registry has gone"))
+    blob, ended = arriving(store, stream)
+    stream.go()
+    with pytest.raises(Unavailable, match="has gone"):
+        await read(blob)
+    await ended.wait()
+
+
+async def test_one_that_is_closed_before_it_began_leaves_nothing(store: DiskBlobs, tmp_path: Path) -> None:
+    blob, ended = arriving(store, Stream([]))
+    await blob.close()
+    await ended.wait()
+    assert isinstance(blob.error, Unavailable)
+    assert not list((tmp_path / "incoming").iterdir())
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=5000), st.integers(1, 700), st.data())
+def test_what_passes_by_is_exactly_the_range(data: bytes, size: int, draw: st.DataObject) -> None:
+    async def once() -> None:
+        stream = Stream(pieces_of(data, size))
+        stream.go()
+        offset = draw.draw(st.integers(0, max(0, len(data) - 1)))
+        length = draw.draw(st.integers(1, max(1, len(data) - offset)))
+        if data:
+            assert await read(Passing(digests.of(data), len(data), stream), offset, length) == data[offset:][:length]
+        again = Stream(pieces_of(data + b"x", size))
+        again.go()
+        with pytest.raises(DigestMismatch):
+            await read(Passing(digests.of(data), len(data), again), 0, max(1, len(data)))
+
+    asyncio.run(once())
