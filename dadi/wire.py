@@ -2,7 +2,7 @@
 
     an error     {"error": code, "message": …, "hint": …} (codes: `dadi/errors.py`)
     an event     one JSON object a line; the last has "event": "done", or "event": "error" with the fields above
-    a header     Dadi-Urgency: backfill (see `URGENCY`)
+    a header     Dadi-Urgency: startup | prefetch | backfill (see `URGENCY`)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dadi.errors import DadiError, Unavailable, by_code
 
 Event = dict[str, Any]
 URGENCY = "Dadi-Urgency"
-"""The header that says who waits for a blob's bytes: "backfill" means nobody; without it a program does."""
+"""The header that says who waits for a blob's bytes, see `Urgency` in `dadi/blobs/source.py`; without it a program."""
 MAX_EVENT = 16 << 20
 """Bytes that one event may have."""
 

@@ -12,6 +12,7 @@ fetches. Where a file is shorter than it promised, readers get an error: never z
 from __future__ import annotations
 
 import errno
+import hashlib
 import mmap
 import os
 from collections.abc import Callable
@@ -24,6 +25,8 @@ CACHED_SECONDS = 24 * 3600
 """How long the kernel may believe names and attributes; a removed name is taken back by notification."""
 
 FAILED, INTERRUPTED, AGAIN, GONE = errno.EIO, errno.EINTR, errno.EAGAIN, errno.ESTALE
+# No FLUSH: a process that is being killed would wait for its answer, which only its successor can give.
+_OPENED = wire.FOPEN_DIRECT_IO | wire.FOPEN_NOFLUSH
 _CHANGES = (
     wire.SETATTR, wire.SYMLINK, wire.MKNOD, wire.MKDIR, wire.UNLINK, wire.RMDIR, wire.RENAME, wire.LINK, wire.WRITE,
     wire.SETXATTR, wire.REMOVEXATTR, wire.CREATE, wire.FALLOCATE, wire.RENAME2,
@@ -54,6 +57,11 @@ class BackedFile(Protocol):
         ...
 
     @property
+    def touched(self) -> bytearray:
+        """One byte a chunk: set to 1 whenever a hit reads of the chunk; the file's owner may clear it."""
+        ...
+
+    @property
     def chunk_shift(self) -> int:
         """log2 of the chunk size in bytes; at least 12."""
         ...
@@ -67,14 +75,14 @@ class BackedFile(Protocol):
 
 
 class Node:
-    """A file as the kernel knows it: its id is never used twice. Closes its descriptor when the last user is gone."""
+    """A file as the kernel knows it. Closes its descriptor when the last user is gone."""
 
-    __slots__ = ("failed", "fd", "file", "flags", "id", "name", "present", "shift", "size")
+    __slots__ = ("failed", "fd", "file", "flags", "id", "name", "present", "shift", "size", "touched")
 
     def __init__(self, node_id: int, file: BackedFile) -> None:
         self.fd = -1
         self.id, self.file, self.name, self.size, self.failed = node_id, file, file.name, file.size, False
-        self.present, self.shift = file.present, file.chunk_shift
+        self.present, self.touched, self.shift = file.present, file.touched, file.chunk_shift
         self.fd = os.dup(file.fd)
         self.flags = _flags(self.fd)
 
@@ -98,7 +106,6 @@ class Device:
         self.max_read = max_read
         self._nodes: dict[int, Node] = {}
         self._names: dict[str, Node] = {}
-        self._next = wire.ROOT + 1
 
     def __repr__(self) -> str:
         return f"Device({len(self._nodes)} files)"
@@ -107,16 +114,20 @@ class Device:
         return len(self._names)
 
     def add(self, file: BackedFile) -> Node:
-        """Make a file readable; a name whose reads were failed (`fail`) works again, also for those who have it open.
+        """Make a file readable; a name that was failed or removed works again, also for those who still have it open.
 
-        Raises InvalidRequest for a file that is not what `BackedFile` says, Conflict for a name that is there already.
+        Raises InvalidRequest for a file that is not what `BackedFile` says, Conflict for a name or id that is taken.
         """
         _check(file)
         old = self._names.get(file.name)
         if old is not None and (not old.failed or old.size != file.size):
             raise Conflict(f"the FUSE mount has a file {file.name} already", hint="remove it first")
-        node = Node(old.id if old else self._next, file)
-        self._next += old is None
+        node_id = id_of(file.name)
+        other = self._nodes.get(node_id)
+        if other is not None and other.name != file.name:
+            raise Conflict(f"the FUSE mount has {other.name}, whose node id is that of {file.name}",
+                           hint="unmount the image that has it first")  # fmt: skip
+        node = Node(node_id, file)
         self._nodes[node.id] = self._names[node.name] = node
         return node
 
@@ -134,6 +145,10 @@ class Device:
             node.failed = True
             del self._nodes[node.id]
         return node
+
+    def ids(self) -> list[int]:
+        """Return the ids of all files."""
+        return list(self._nodes)
 
     def find(self, node_id: int) -> Node | None:
         """Return the file that has this id; None if it was removed."""
@@ -171,8 +186,11 @@ class Device:
             if first == last:
                 if not node.present[first]:
                     return None
+                node.touched[first] = 1
             elif node.present.find(0, first, last + 1) >= 0:
                 return None
+            else:
+                node.touched[first : last + 1] = b"\1" * (last + 1 - first)
             into, reply = views.get(length) or view(length)
             try:
                 return reply if preadv(node.fd, into, offset, node.flags) == length else None
@@ -193,7 +211,7 @@ class Device:
             case wire.OPEN:
                 if wire.parse_open(request.body) & os.O_ACCMODE != os.O_RDONLY:
                     return errno.EROFS
-                return wire.opened(wire.FOPEN_DIRECT_IO) if self.find(request.node) else GONE
+                return wire.opened(_OPENED) if self.find(request.node) else GONE
             case wire.READDIR:
                 offset, size = wire.parse_read(request.body)
                 return wire.directory((e for e in self._entries() if e[0] > offset), min(size, self.max_read))
@@ -219,6 +237,14 @@ class Device:
         """Entries in the order of their cookies, which come from the ids: they stay as other files come and go."""
         dots = [(1, wire.ROOT, ".", True), (2, wire.ROOT, "..", True)]
         return dots + sorted((node.id + 1, node.id, node.name, False) for node in list(self._nodes.values()))
+
+
+def id_of(name: str) -> int:
+    """Return the node id of a file: the same in every process, so that a successor knows what the kernel has open.
+
+    Names are digests of the content. From 2**61 to 2**62: never the root's, and one more still fits a signed offset.
+    """
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") >> 3 | 1 << 61
 
 
 async def fetch(node: Node, offset: int, length: int) -> bytes:
@@ -256,6 +282,8 @@ def _check(file: BackedFile) -> None:
         raise InvalidRequest(f"{name}: {len(file.present)} presence marks for {chunks} chunks")
     if os.fstat(file.fd).st_size != size:
         raise InvalidRequest(f"{name}: the local file has {os.fstat(file.fd).st_size} bytes, not {size}")
+    if len(file.touched) != chunks:
+        raise InvalidRequest(f"{name}: {len(file.touched)} marks of touched chunks for {chunks} chunks")
 
 
 def _flags(fd: int) -> int:

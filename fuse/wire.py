@@ -11,7 +11,8 @@ the byte order of the machine. Only what a read-only directory of regular files 
       READ, READDIR  0 u64 fh     8 u64 offset  16 u32 size     20 u32 read_flags  24 u64 lock_owner  32 u32 flags, pad
       INTERRUPT      0 u64 unique of the request that nobody waits for any more
       INIT           0 u32 major  4 u32 minor    8 u32 max_readahead  12 u32 flags  16 u32 flags2 (since 7.36), reserved
-      FORGET, BATCH_FORGET   counts that we do not keep (our node ids are never used twice); these have no reply
+      FORGET, BATCH_FORGET   counts that we do not keep (an id means the same bytes for ever); these have no reply
+      NOTIFY_REPLY   what RETRIEVE asked for; it has no reply
 
     reply            0 u32 len    4 i32 -errno   8 u64 unique   then, unless there is an error:
       LOOKUP         0 u64 nodeid 8 u64 generation 16 u64 name_valid  24 u64 attr_valid  32 u32 nsec, u32 nsec  40 attr
@@ -30,6 +31,9 @@ the byte order of the machine. Only what a read-only directory of regular files 
 
     notification     0 u32 len    4 i32 code     8 u64 0        then:
       INVAL_ENTRY    0 u64 parent 8 u32 namelen 12 u32 flags    16 name, NUL
+      RETRIEVE       0 u64 unique 8 u64 nodeid  16 u64 offset   24 u32 size   28 pad: the kernel sends NOTIFY_REPLY
+      RESEND         nothing (since 7.40): what was read from this descriptor and not answered comes again, before all
+                     else, with bit 63 of its `unique` set; it is answered by that `unique` as it stands
 """
 
 from __future__ import annotations
@@ -47,9 +51,10 @@ LOOKUP, FORGET, GETATTR, SETATTR, READLINK, SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR
 OPEN, READ, WRITE, STATFS, RELEASE, FSYNC, SETXATTR, GETXATTR, LISTXATTR, REMOVEXATTR, FLUSH, INIT = (
     14, 15, 16, 17, 18, 20, 21, 22, 23, 24, 25, 26,
 )  # fmt: skip
-OPENDIR, READDIR, RELEASEDIR, FSYNCDIR, ACCESS, CREATE, INTERRUPT, DESTROY, BATCH_FORGET, FALLOCATE, RENAME2 = (
-    27, 28, 29, 30, 34, 35, 36, 38, 42, 43, 45,
+OPENDIR, READDIR, RELEASEDIR, FSYNCDIR, ACCESS, CREATE, INTERRUPT, DESTROY, NOTIFY_REPLY, BATCH_FORGET = (
+    27, 28, 29, 30, 34, 35, 36, 38, 41, 42,
 )  # fmt: skip
+FALLOCATE, RENAME2 = 43, 45
 
 MAJOR: Final = 7
 MINOR: Final = 40
@@ -61,8 +66,11 @@ ASYNC_READ, ASYNC_DIO, PARALLEL_DIROPS, MAX_PAGES, INIT_EXT = 1 << 0, 1 << 15, 1
 HAS_RESEND = 1 << 39
 """A successor that holds the same /dev/fuse can ask for unanswered requests again (Linux 6.9)."""
 
-FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE = 1 << 0, 1 << 1
-NOTIFY_INVAL_ENTRY = 3
+RESENT = 1 << 63
+"""In `unique`: this request was sent before, and not answered."""
+
+FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, FOPEN_NOFLUSH = 1 << 0, 1 << 1, 1 << 5
+NOTIFY_INVAL_ENTRY, NOTIFY_RETRIEVE, NOTIFY_RESEND = 3, 5, 7
 ROOT = 1
 """The node id of the mount's own directory."""
 PAGE = 4096
@@ -90,6 +98,7 @@ _OPEN_REPLY = struct.Struct("=QIi")
 _STATFS = struct.Struct("=5Q3I28x")
 _DIRENT = struct.Struct("=QQII")
 _INVAL_ENTRY = struct.Struct("=QII")
+_RETRIEVE = struct.Struct("=QQQI4x")
 
 Bytes = bytes | bytearray | memoryview
 
@@ -235,6 +244,19 @@ def invalidate_entry(parent: int, name: str) -> bytes:
     raw = name.encode("utf-8", "surrogateescape")
     body = _INVAL_ENTRY.pack(parent, len(raw), 0) + raw + b"\0"
     return REPLY.pack(REPLY.size + len(body), NOTIFY_INVAL_ENTRY, 0) + body
+
+
+def retrieve(node: int) -> bytes:
+    """Return the notification after which the kernel sends one NOTIFY_REPLY (of nothing): it wakes one reader up.
+
+    `node` must be a file that the kernel knows; a directory will not do.
+    """
+    return REPLY.pack(REPLY.size + _RETRIEVE.size, NOTIFY_RETRIEVE, 0) + _RETRIEVE.pack(0, node, 0, 0)
+
+
+def resend() -> bytes:
+    """Return the notification after which the kernel sends every unanswered request again (Linux 6.9)."""
+    return REPLY.pack(REPLY.size, NOTIFY_RESEND, 0)
 
 
 def _unpack(form: struct.Struct, body: Bytes, what: str) -> tuple[int, ...]:

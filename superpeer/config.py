@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
-from dadi.config import SECONDS, SIZE, described
+from dadi.config import RATE, SECONDS, SIZE, described
 from dadi.errors import Malformed
 from dadi.index.chunks import DEFAULT_CHUNK_SIZE, ChunkTable
 from dadi.log import LogLevel
 from dadi.oci.config import RegistryConfig
+from dadi.originals.config import OriginalsConfig
+from dadi.tls import TlsConfig
 
 
 class StoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,6 +55,59 @@ class IndexingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(error.message) from None
 
 
+class PeersConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The directory: how nodes that start the same image are put into trees."""
+
+    root_slots: Annotated[
+        int,
+        described(
+            "nodes, for each blob, that are served here before others are sent to nodes; 0: as many children as nodes "
+            "take, 1 or 2",
+            at_least=0,
+        ),
+    ] = 0
+    far_slots: Annotated[
+        int, described("children in other racks that a node gets, for each blob", at_least=0)
+    ] = 1
+    standbys: Annotated[int, described("parents that a node is told of besides its first", at_least=0)] = 2
+    heartbeat: Annotated[float, described("how often nodes are to be heard of", SECONDS, at_least=1)] = 5.0
+    expiry: Annotated[
+        float, described("a node that was not heard of for so long is forgotten", SECONDS, at_least=2)
+    ] = 15.0
+    zone: Annotated[str, described("where this superpeer is, as nodes call it; empty: equally near to all")] = ""
+    trust_addresses: Annotated[
+        bool, described("true: believe the address that a node gives, where all come from one (NAT, a proxy)")
+    ] = False
+
+    def __post_init__(self) -> None:
+        if self.expiry < 2 * self.heartbeat:
+            raise ValueError("peers.expiry must be at least twice peers.heartbeat")
+
+
+class PrefetchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`dadi prefetch`: jobs that bring images before they are wanted."""
+
+    rate: Annotated[
+        float, described("what all jobs together may take from registries; 0: no limit", RATE, at_least=0)
+    ] = 0.0
+    parallel: Annotated[
+        int, described("how many steps of jobs (an image that is indexed, a few MiB) go on at a time", at_least=1)
+    ] = 4
+    most_jobs: Annotated[int, described("how many jobs are remembered; those that ended first go", at_least=1)] = 1000
+
+
+class TracesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Startup traces: what containers of an image read first, learnt from nodes and handed out with the image."""
+
+    most: Annotated[int, described("of how many images traces are kept; those learnt longest ago go", at_least=1)] = (
+        1000
+    )
+    size: Annotated[int, described("memory for them", SIZE, at_least=1)] = 64 << 20
+    drop_below: Annotated[
+        float, described("a trace of which nodes read less than this share is dropped; 0: never", at_least=0)
+    ] = 0.3
+
+
 class SuperpeerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file."""
 
@@ -61,14 +116,52 @@ class SuperpeerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tag_ttl: Annotated[
         float, described("how long a tag is believed without asking the registry", SECONDS, at_least=0)
     ] = 60.0
-    most_images: Annotated[int, described("how many references are remembered; the oldest go first", at_least=1)] = 2000
+    most_images: Annotated[int, described("how many references are remembered; the unused go first", at_least=1)] = 2000
     compressed_cache: Annotated[
         int, described("memory for compressed ranges; 0: nothing is sent compressed", SIZE, at_least=0)
     ] = 64 << 20
+    authorization: Annotated[
+        Literal["registry", "open"],
+        described('who may have an image: "registry": whom its registry lets read it; "open": whoever reaches us'),
+    ] = "registry"
+    authorization_ttl: Annotated[
+        float, described("how long a registry's yes is believed without asking again", SECONDS, at_least=0)
+    ] = 300.0
+    authorization_stale: Annotated[
+        float, described("how long a yes is used while the registry cannot say", SECONDS, at_least=0)
+    ] = 86400.0
+    token_lifetime: Annotated[
+        float, described("how long a token opens blobs; nodes renew it before", SECONDS, at_least=10)
+    ] = 600.0
+    key_lifetime: Annotated[
+        float, described("how long tokens are signed with one key; then a new one is made", SECONDS, at_least=60)
+    ] = 604800.0
+    peers_key: Annotated[
+        str, described('PEM file of an Ed25519 key that all superpeers here sign with; "": each makes its own')
+    ] = ""
     log_level: Annotated[LogLevel, described("debug, info, warning or error")] = "info"
     log_json: Annotated[bool, described("true: one JSON object a line; false: for people")] = False
+    url: Annotated[
+        str, described("this superpeer's name among its siblings, as nodes write it in `superpeers`")
+    ] = ""
+    siblings: Annotated[
+        tuple[str, ...],
+        described("all superpeers of this datacenter, as nodes write them: URLs, or dns+http://NAME:PORT"),
+    ] = ()
+    siblings_refresh: Annotated[
+        float, described("how often the addresses of a dns+ name are asked for again", SECONDS, at_least=1)
+    ] = 30.0
     store: Annotated[StoreConfig, described("the blob store")] = StoreConfig()
     indexing: Annotated[
         IndexingConfig, described("indexes: found in the registry, else made on first sight")
     ] = IndexingConfig()
+    peers: Annotated[PeersConfig, described("the directory of nodes that serve each other")] = PeersConfig()
+    prefetch: Annotated[PrefetchConfig, described("jobs of `dadi prefetch`")] = PrefetchConfig()
+    traces: Annotated[TracesConfig, described("what containers read first, as nodes tell")] = TracesConfig()
+    tls: Annotated[
+        TlsConfig, described("TLS for nodes and between superpeers; `listen` then speaks nothing else")
+    ] = TlsConfig()
+    originals: Annotated[
+        OriginalsConfig, described("for registry proxies: images as the registry has them")
+    ] = OriginalsConfig()
     registry: Annotated[RegistryConfig, described("the registries and how to talk to them")] = RegistryConfig()

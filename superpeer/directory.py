@@ -8,13 +8,13 @@ parents, so the trees are back one heartbeat after a restart; meanwhile nodes ke
 microseconds of the Unix clock (made unique), so that those given after a restart are higher than those given before.
 
 **Reports are claims.** A peer that is reported as failing or slow gets no children for a while, and loses those it has;
-one that several nodes say has lied, for good. Who accuses more than `accusations` peers within ten minutes is not
-believed: else one liar could take the whole tree apart.
+one that nodes at several addresses say has lied, for good (ids cost nothing). An address that accuses more than
+`accusations` peers within ten minutes is not believed: else one liar could take the whole tree apart.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection
 from typing import Any
 
@@ -24,14 +24,16 @@ from dadi.errors import InvalidRequest, Unavailable
 from dadi.peers.places import Fault, Heartbeat, Peer, Place, Told
 from superpeer.tree import Member, Node, Tree
 
-_HIGHEST_ORDER = 1 << 60
+_AHEAD = 600.0
+"""Seconds by which the clock of another superpeer may be ahead of ours."""
 
 
 class Settings(msgspec.Struct, frozen=True):
     """What a directory does; durations in seconds."""
 
     root_slots: int = 2
-    """Children in a blob's tree that the superpeer takes before it sends others to nodes."""
+    """Children in a blob's tree that the superpeer takes before it sends others to nodes. 0: as many as the node takes
+    that is the first one there, 1 or 2: where links are slow, a node gets a stream soonest if nobody divides it."""
     far_slots: int = 1
     """Children in other racks that a node gets, for each blob."""
     standbys: int = 2
@@ -45,7 +47,7 @@ class Settings(msgspec.Struct, frozen=True):
     """How long a failing or slow peer gets no children; doubled with each further report, up to `suspended_most`."""
     suspended_most: float = 600.0
     lied_to: int = 2
-    """So many nodes must say that a peer lied until it is barred for good; the first suspends it for the most."""
+    """Nodes at so many addresses must say that a peer lied until it is barred; the first suspends it for the most."""
     accusations: int = 16
     most_nodes: int = 100_000
     most_blobs: int = 4096
@@ -69,6 +71,7 @@ class Directory:
         self._nodes: OrderedDict[str, Node] = OrderedDict()  # those not heard for longest come first
         self._trees: dict[str, Tree] = {}
         self._accusers: dict[str, _Accuser] = {}
+        self._hosts: Counter[str] = Counter()
         self._barred: set[str] = set()
         self._past_overflows = 0
         self.joins = 0
@@ -91,7 +94,7 @@ class Directory:
         if member is None:
             if len(node.members) >= self.settings.most_blobs:
                 raise InvalidRequest(f"{peer.id} has joined {len(node.members)} blobs; that is the limit")
-            tree = self._tree(blob)
+            tree = self._tree(blob, peer.slots)
             self.joins += 1
             self._last_order = max(self._last_order + 1, int(now * 1e6))
             member = tree.enter(node, self._last_order)
@@ -117,7 +120,7 @@ class Directory:
             self.report(beat.peer.id, liar, Fault.LIED, now)
         changed = {}
         for told in beat.blobs:
-            member = node.members.get(told.blob) or self._adopt(node, told)
+            member = node.members.get(told.blob) or self._adopt(node, told, now)
             tree = self._trees[told.blob]
             if told.complete and not member.complete:
                 tree.complete(member)
@@ -140,9 +143,10 @@ class Directory:
             return
         if fault is Fault.LIED:
             node.accusers = node.accusers or set()
-            if by in node.accusers:
+            accuser = _host(self._nodes[by].peer) or by
+            if accuser in node.accusers:
                 return  # told again
-            node.accusers.add(by)
+            node.accusers.add(accuser)
             if len(node.accusers) >= self.settings.lied_to:
                 node.barred = True
                 self._barred.add(about)
@@ -169,7 +173,7 @@ class Directory:
             self._exit(digest, member)
         node.here = False
         del self._nodes[peer_id]
-        self._accusers.pop(peer_id, None)
+        self._count(node.peer, -1)
 
     def expire(self, now: float) -> list[str]:
         """Forget the nodes that were not heard for `expiry`; returns their ids."""
@@ -180,6 +184,10 @@ class Directory:
             gone.append(peer_id)
         for peer_id in gone:
             self.leave(peer_id)
+        # Not when a node leaves: it would come again, and be believed again.
+        old = now - self.settings.suspended_most
+        for by in [by for by, accuser in self._accusers.items() if accuser.since < old]:
+            del self._accusers[by]
         return gone
 
     # ── what others ask ───────────────────────────────────────────────────────────────────────────────────────────
@@ -188,6 +196,15 @@ class Directory:
         """Return a node as it introduced itself, if it is here and not barred."""
         node = self._nodes.get(peer_id)
         return node.peer if node is not None and not node.barred else None
+
+    def has_joined(self, peer_id: str, blob: str) -> bool:
+        """Whether a node is in a blob's tree."""
+        node = self._nodes.get(peer_id)
+        return node is not None and blob in node.members
+
+    def nodes_at(self, peer: Peer) -> int:
+        """Return how many nodes have the address of `peer`, whatever their ports."""
+        return self._hosts[_host(peer)]
 
     def tree(self, blob: str) -> list[dict[str, Any]]:
         """Return a row for each member: id, zone, rack, depth, parent ("": superpeer), children, chunks, state, …"""
@@ -212,15 +229,24 @@ class Directory:
             if len(self._nodes) >= self.settings.most_nodes:
                 raise Unavailable(f"the directory holds {len(self._nodes)} nodes; that is the limit", retry_after=60)
             node = self._nodes[peer.id] = Node(peer, now, {}, barred=peer.id in self._barred)
+            self._count(peer, 1)
         elif node.peer != peer:
             # The lists are by zone and rack: off the old ones before they change.
             for blob, member in node.members.items():
                 self._trees[blob].unlist(member)
+            self._count(node.peer, -1)
+            self._count(peer, 1)
             node.peer = peer
             self._relist(node)
         node.heard = now
         self._nodes.move_to_end(peer.id)
         return node
+
+    def _count(self, peer: Peer, count: int) -> None:
+        host = _host(peer)
+        self._hosts[host] += count
+        if not self._hosts[host]:
+            del self._hosts[host]
 
     def _take_in_fitness(self, node: Node, beat: Heartbeat, now: float) -> None:
         was = node.fit
@@ -234,20 +260,27 @@ class Directory:
         for blob, member in node.members.items():
             self._trees[blob].relist(member)
 
-    def _tree(self, blob: str) -> Tree:
+    def _tree(self, blob: str, slots: int) -> Tree:
         tree = self._trees.get(blob)
         if tree is None:
             s = self.settings
+            root_slots = s.root_slots or max(1, min(slots, 2))
             tree = self._trees[blob] = Tree(
-                blob, root_slots=s.root_slots, far_slots=s.far_slots, max_depth=s.max_depth, zone=self._zone
+                blob, root_slots=root_slots, far_slots=s.far_slots, max_depth=s.max_depth, zone=self._zone
             )
         return tree
 
-    def _adopt(self, node: Node, told: Told) -> Member:
-        """Believe a membership that another directory, or this one before a restart, has given."""
-        order = min(max(0, told.order), _HIGHEST_ORDER)
+    def _adopt(self, node: Node, told: Told, now: float) -> Member:
+        """Believe a membership that another directory, or this one before a restart, has given.
+
+        Not its number where that lies in the future: all that were given later would be higher still, and such
+        memberships do not end.
+        """
+        order = max(0, told.order)
+        if order > (now + _AHEAD) * 1e6:
+            order = max(self._last_order + 1, int(now * 1e6))
         self._last_order = max(self._last_order, order)
-        tree = self._tree(told.blob)
+        tree = self._tree(told.blob, node.peer.slots)
         member = tree.enter(node, order)
         tree.adopt(member, told.depth, told.parents[0] if told.parents else None)
         return member
@@ -276,6 +309,7 @@ class Directory:
         return parent is None or not (parent.here and parent.node.usable) or parent.node.peer.id in without
 
     def _believed(self, by: str, about: str, now: float) -> bool:
+        by = _host(self._nodes[by].peer) or by
         accuser = self._accusers.get(by)
         if accuser is None or now > accuser.since + self.settings.suspended_most:
             accuser = self._accusers[by] = _Accuser(now, set())
@@ -283,3 +317,7 @@ class Directory:
             return False
         accuser.about.add(about)
         return True
+
+
+def _host(peer: Peer) -> str:
+    return peer.address.rpartition(":")[0]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import msgspec
 import structlog
@@ -107,7 +107,7 @@ class LazyLayers:
         registry = Reference.parse(reference).registry
         if loop.time() < self._no_ranges.get(registry, 0.0):
             raise Unsupported(f"{registry} did not do ranges a while ago")
-        if urgency == Urgency.DEMAND:
+        if urgency < Urgency.BACKFILL:
             self._last_demand = loop.time()
         ranged = await self._open(reference, layer)
         try:
@@ -118,10 +118,26 @@ class LazyLayers:
                 await self.drop(layer)
             raise
         finally:
-            if urgency == Urgency.DEMAND:
+            if urgency < Urgency.BACKFILL:
                 self._last_demand = loop.time()
             if self._is_whole(layer):
                 self._wake.set()
+
+    @contextlib.asynccontextmanager
+    async def packed(self, reference: str, layer: ImageLayer) -> AsyncIterator[PackedLayer]:
+        """Give a layer's compressed blob, open for as long as it is used. Raises as `bring` does."""
+        if asyncio.get_running_loop().time() < self._no_ranges.get(Reference.parse(reference).registry, 0.0):
+            raise Unsupported(f"the registry of {reference} did not do ranges a while ago")
+        packed = (await self._open(reference, layer)).packed
+        packed.users += 1
+        try:
+            yield packed
+        finally:
+            await self._let_go(packed)
+
+    def has_no_ranges(self, reference: str) -> None:
+        """Remember that the registry of an image has answered a request for a range with the whole."""
+        self._no_ranges[Reference.parse(reference).registry] = asyncio.get_running_loop().time() + _NO_RANGES
 
     async def prove(self, reference: str, layer: ImageLayer) -> bool:
         """Check all of a layer's tar against its index now; return False if it is not all here. Raises Lie."""
@@ -196,14 +212,15 @@ class LazyLayers:
         ranged = self._layers.pop(layer.found_index, None)
         if ranged is None:
             return
-        packed = ranged.packed
+        await ranged.close()
+        await self._let_go(ranged.packed)
+
+    async def _let_go(self, packed: PackedLayer) -> None:
         packed.users -= 1
         if not packed.users:
             del self._packed[packed.blob]
             self._closed_requests += packed.ranges.requests
             self._closed_bytes += packed.ranges.bytes
-        await ranged.close()
-        if not packed.users:
             await packed.close()
 
     # ---- the rest

@@ -13,6 +13,7 @@ from dadi.fallbacks import Fallbacks
 from superpeer import app
 from superpeer.config import SuperpeerConfig
 from superpeer.service import Superpeer
+from superpeer.who_may import WhoMay
 
 log = structlog.get_logger()
 
@@ -21,15 +22,21 @@ async def serve(config: SuperpeerConfig, stop: asyncio.Event) -> None:
     """Run a superpeer until `stop` is set."""
     store = await asyncio.to_thread(lambda: DiskBlobs(Path(config.state) / "store", limit=config.store.limit))
     superpeer = Superpeer(config, store, Fallbacks())
+    who_may: WhoMay | None = None
     try:
         await superpeer.start()
-        runner, address = await http.serve_tcp(app.create(superpeer), config.listen)
+        who_may = await WhoMay.open(config, superpeer.fallbacks)
+        if config.authorization == "open":
+            log.warning("whoever reaches this superpeer may have every image", authorization="open")
+        runner, address = await http.serve_tcp(app.create(superpeer, who_may), config.listen, superpeer.tls)
         try:
             log.info("superpeer is ready", address=address, state=config.state, images=len(superpeer.catalog.records()))
             await stop.wait()
         finally:
             await runner.cleanup()
     finally:
+        if who_may is not None:
+            await who_may.close()
         await superpeer.close()
         await store.close()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Container
 
 import structlog
 
@@ -21,6 +21,7 @@ from dadi.index.layer import LayerIndex
 from dadi.oci.manifest import Descriptor
 from dadi.oci.reference import Reference
 from dadi.oci.registry import RegistryClient
+from superpeer.jobs_pace import PACE, Pace, paced, turn
 
 log = structlog.get_logger()
 OnProgress = Callable[[int], None]
@@ -38,8 +39,17 @@ class Origin:
         self._chunk_size = chunk_size
         self._limits = limits
         self._slots = asyncio.Semaphore(parallel)
+        self._patient = asyncio.Semaphore(max(1, parallel // 2))
+        self._paces: dict[tuple[str, str], Pace] = {}
+        """Passes that nobody is waiting for so far: they take their time, and slots of their own."""
         self._passes: dict[tuple[str, str], asyncio.Task[tuple[LayerIndex, Blob]]] = {}
         self._watchers: dict[tuple[str, str], list[OnProgress]] = {}
+        self.mirrored: Container[str] = ()
+        """Registries that have mirrors."""
+        self.on_shown: Callable[[Reference, str, str], None] = lambda ref, layer_digest, diff_id: None
+        """Told of each layer all of whose bytes came from the registry itself, and were right, before it is kept."""
+        self.local: Callable[[Reference, str], AsyncGenerator[bytes, None] | None] = lambda ref, digest: None
+        """Returns the bytes of a compressed layer that is here in original form, or arriving; None if it is not."""
         self.layers = 0
         self.bytes = 0
         """Compressed bytes that came from registries."""
@@ -58,19 +68,28 @@ class Origin:
         if on_progress:
             self._watchers.setdefault(key, []).append(on_progress)
         task = self._passes.get(key)
+        pace = PACE.get()
+        if pace is None and key in self._paces:
+            self._paces.pop(key).lift()
         if task is None:
-            task = self._passes[key] = asyncio.create_task(self._pass(reference, descriptor, diff_id))
+            context = None
+            if pace is not None:
+                part = self._paces[key] = pace.part()
+                context = part.begins()
+            work = self._pass(reference, descriptor, diff_id)
+            task = self._passes[key] = asyncio.create_task(work, context=context)
             task.add_done_callback(lambda done: self._landed(key, done))
         return await asyncio.shield(task)
 
     def _landed(self, key: tuple[str, str], task: asyncio.Task[tuple[LayerIndex, Blob]]) -> None:
         del self._passes[key]
+        self._paces.pop(key, None)
         self._watchers.pop(key, None)
         if not task.cancelled() and task.exception():
             log.warning("a layer could not be brought", layer=key[0], why=str(task.exception()))
 
     async def _pass(self, reference: Reference, descriptor: Descriptor, diff_id: str) -> tuple[LayerIndex, Blob]:
-        async with self._slots:
+        async with turn(self._slots, self._patient):
             try:
                 index = await self._stream(reference, descriptor, diff_id, mirrors=True)
             except DigestMismatch as error:
@@ -78,7 +97,6 @@ class Origin:
                 index = await self._stream(reference, descriptor, diff_id, mirrors=False)
             blob = await self._store.put(await asyncio.to_thread(layer.encode, index))
             self.layers += 1
-            self.bytes += descriptor.size
             log.info("brought a layer", layer=descriptor.digest, bytes=descriptor.size, unpacked=index.table.size,
                      entries=len(index.entries))  # fmt: skip
             return index, blob
@@ -88,18 +106,27 @@ class Origin:
     ) -> LayerIndex:
         source = build.LayerSource(descriptor.digest, descriptor.size, descriptor.media_type, diff_id)
         ingest = self._store.ingest()
+        pieces = self.local(reference, descriptor.digest) if mirrors else None
+        from_registry = pieces is None
 
         def progress(done: int) -> None:
             for watch in self._watchers.get((descriptor.digest, diff_id), ()):
                 watch(done)
 
         try:
-            async with contextlib.aclosing(self._registry.blob(reference, descriptor, mirrors=mirrors)) as pieces:
+            async with contextlib.aclosing(
+                pieces or paced(self._registry.blob(reference, descriptor, mirrors=mirrors))
+            ) as pieces:
                 index = await build.build(pieces, source, ingest, chunk_size=self._chunk_size, limits=self._limits,
                                           on_progress=progress)  # fmt: skip
+            # A mirror may give anybody what it fetched as itself.
+            if from_registry and not (mirrors and reference.registry in self.mirrored):
+                self.on_shown(reference, descriptor.digest, diff_id)
             await self._store.commit(ingest, Blob(index.diff_id, index.table))
         finally:
             await asyncio.to_thread(ingest.abort)
+        if from_registry:
+            self.bytes += descriptor.size
         return index
 
     async def known(self, index_digest: str) -> LayerIndex:

@@ -17,12 +17,13 @@ import asyncio
 import contextlib
 from collections.abc import Container, Sequence
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from dadi.blobs.disk import DiskBlobs
-from dadi.errors import AccessDenied, DadiError, Malformed, StoreFull, TooLarge, Unavailable
+from dadi.errors import AccessDenied, ConfigError, DadiError, Malformed, StoreFull, TooLarge, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.index import artifact as artifacts
 from dadi.index import seek, signature
@@ -191,3 +192,15 @@ def _unpacked(index: bytes, table: bytes, room: Room) -> tuple[LayerIndex, bytes
 def is_final(error: DadiError) -> bool:
     """Whether an error speaks against the artifact, and not against the time or the place."""
     return not isinstance(error, Unavailable | StoreFull)
+
+
+def trusted_keys(paths: tuple[str, ...]) -> list[Ed25519PublicKey]:
+    """Return the public keys in PEM files; raise ConfigError for one that cannot be read. For threads."""
+    keys = []
+    for path in paths:
+        try:
+            pem = Path(path).read_bytes()
+        except OSError as error:
+            raise ConfigError(f"indexing.trusted_keys: {path} cannot be read: {error.strerror}") from None
+        keys.append(signature.public_key(pem, f"indexing.trusted_keys: {path}"))
+    return keys

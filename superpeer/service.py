@@ -15,37 +15,47 @@ and the artifact is never used again.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import structlog
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.source import Urgency
-from dadi.errors import ConfigError, DadiError, NotFound, StoreFull, Unavailable, Unsupported
+from dadi.errors import NotFound, StoreFull, Unavailable, Unsupported
 from dadi.fallbacks import Fallbacks
 from dadi.index import build, image, signature
 from dadi.index.chunks import Blob
 from dadi.index.image import ImageIndex, ImageLayer
 from dadi.oci import platforms
+from dadi.oci.credentials import CredentialSource
 from dadi.oci.manifest import Descriptor
 from dadi.oci.platforms import Platform
 from dadi.oci.reference import Reference
 from dadi.oci.registry import RegistryClient, ResolvedImage
+from dadi.tls import Tls
+from superpeer.adopting import Adopter
 from superpeer.catalog import Catalog, ImageRecord
 from superpeer.config import SuperpeerConfig
 from superpeer.indexing import Indexer, Progress
+from superpeer.jobs import Prefetcher
+from superpeer.jobs_pace import PACE, Pace
 from superpeer.lazy_layers import LazyLayers
 from superpeer.origin import Origin
+from superpeer.original import originals_of
 from superpeer.ranged import Lie
-from superpeer.referrers import Referrers
+from superpeer.referrers import Referrers, trusted_keys
 from superpeer.refused import Refused
+from superpeer.shown_layers import Proof, ShownLayers
+from superpeer.siblings import Siblings
+from superpeer.traces import Traces
+from superpeer.withdrawing import Withdrawing
 
 log = structlog.get_logger()
-_REMOVE_TRIES = 50
+_PATIENCE, _REST = 5.0, 10.0
+"""Seconds that a registry may take where an older answer would do; and for which it is then not asked again."""
 _FULL_FOR = 10.0
 """Seconds that a full store is believed to stay full."""
 
@@ -55,25 +65,31 @@ class Resolving(msgspec.Struct):
 
     task: asyncio.Task[ImageRecord]
     progress: Progress
+    pace: Pace | None = None
+    """A job's, until somebody else comes to wait for it."""
 
 
 class Superpeer:
     """See the head of this file. `store` may be shared with an embedding node; then that one closes it."""
 
-    def __init__(self, config: SuperpeerConfig, store: DiskBlobs, fallbacks: Fallbacks) -> None:
+    def __init__(self, config: SuperpeerConfig, store: DiskBlobs, fallbacks: Fallbacks,
+                 credentials: CredentialSource | None = None) -> None:  # fmt: skip
+        """`credentials`: what an embedding node shows to registries; None: what the Docker configuration has."""
         self.config = config
         self.store = store
         self.fallbacks = fallbacks
-        self.registry = RegistryClient(config.registry)
+        self.tls = Tls.of(config.tls, fallbacks)
+        self.registry = RegistryClient(config.registry, credentials=credentials)
         self.catalog = Catalog(Path(config.state) / "images", store, most=config.most_images)
+        self.shown = ShownLayers(Path(config.state) / "shown-layers.json", fallbacks)
+        self.catalog.has_shown = lambda layer: self.shown.proof(layer) is not None
         self.origin = Origin(
-            store,
-            self.registry,
-            fallbacks=fallbacks,
-            chunk_size=config.indexing.chunk_size,
+            store, self.registry, fallbacks=fallbacks, chunk_size=config.indexing.chunk_size,
             parallel=config.indexing.parallel_layers,
             limits=build.Limits(max_uncompressed_size=config.indexing.max_layer_size),
-        )
+        )  # fmt: skip
+        self.origin.mirrored = config.registry.mirrors
+        self.origin.on_shown = partial(self.shown.add, proof=Proof.HASHED)
         self._refused = Refused(Path(config.state) / "refused-indexes.json")
         self._referrers = Referrers(
             store, self.registry, self._refused, chunk_size=config.indexing.chunk_size, fallbacks=fallbacks
@@ -81,31 +97,54 @@ class Superpeer:
         self._indexer = Indexer(store, self.catalog, self.origin,
                                 self._referrers if config.indexing.use_artifacts else None, fallbacks,
                                 self._prove)  # fmt: skip
+        self.withdrawing = Withdrawing(store, self.catalog, self._refused, fallbacks, self._resolve_anew)
         self.lazy = LazyLayers(
             store, self.registry, parallel=config.indexing.parallel_ranges, rest_after=config.indexing.rest_after,
-            fallbacks=fallbacks, on_lie=self._lied, on_proven=self.catalog.prove,
+            fallbacks=fallbacks, on_lie=self.withdrawing.lied, on_proven=self.catalog.prove,
         )  # fmt: skip
-        self._healing: dict[tuple[str, str], asyncio.Task[None]] = {}
-        self._replacing: Counter[str] = Counter()
-        """Diff IDs of layers whose images are being indexed anew."""
+        self.withdrawing.lazy = self.lazy
+        self.originals = originals_of(config, store, self.registry, fallbacks, self.catalog, self.lazy,
+                                      self.withdrawing.lied)  # fmt: skip
+        self.origin.local = self.originals.local
+        self.siblings: Siblings | None = None
+        if config.siblings:
+            adopter = Adopter(store, self.catalog, self.shown, fallbacks, chunk_size=config.indexing.chunk_size,
+                              may_be_used=self._may_be_used)  # fmt: skip
+            self.siblings = Siblings(config, store, adopter, fallbacks, on_lie=self.withdrawing.sibling_lied,
+                                     tls=self.tls)  # fmt: skip
+            self.withdrawing.refuse_sibling = self.siblings.refuse
         self._no_room: dict[str, tuple[float, StoreFull]] = {}
         """Manifests whose layers did not fit, until when that is believed, and what was said."""
         self._full_until = 0.0
+        self._hangs: dict[str, float] = {}
+        """Registries that let us wait, and until when they are not asked where an older answer would do."""
+        self.demands = 0
+        """Reads that somebody waits for, of what is not here."""
+        self.prefetch = Prefetcher(self)
+        self.traces = Traces(Path(config.state) / "traces", config.traces, self.catalog, fallbacks)
+        self.prefetch.shares.startup_chunks = self.traces.startup_chunks
         self._resolving: dict[tuple[str, str], Resolving] = {}
 
     def __repr__(self) -> str:
         return f"Superpeer({self.catalog!r}, {self.store!r})"
 
     async def start(self) -> None:
-        """Read what earlier runs left. Raises ConfigError for keys that cannot be read."""
-        self._referrers.keys = await asyncio.to_thread(_keys, self.config.indexing.trusted_keys)
+        """Read what earlier runs left. Raises ConfigError for keys and certificates that cannot be read."""
+        if self.tls:
+            self.tls.check_urls("siblings", self.config.siblings)
+            await self.tls.start()
+        self._referrers.keys = await asyncio.to_thread(trusted_keys, self.config.indexing.trusted_keys)
         await self._refused.load()
+        await self.originals.start()
+        await self.shown.load()
         await self.catalog.load()
         for record in self.catalog.records():
             if not self._may_be_used(self.catalog.image(record)):
                 self.fallbacks.note("index no longer trusted", f"{record.reference}: made anew when it is asked for")
                 await self.catalog.forget(record)
         self.lazy.start()
+        await self.traces.load()
+        await self.prefetch.start()
 
     def _may_be_used(self, index: ImageIndex) -> bool:
         """Whether the configuration of today allows an index that was found in a registry earlier."""
@@ -119,7 +158,7 @@ class Superpeer:
         try:
             return await self.lazy.prove(reference, layer)
         except Lie as lie:
-            self._heal(layer, lie)  # not waited for: that resolves images, and so do we
+            self.withdrawing.begin(layer, lie)  # not waited for: that resolves images, and so do we
             return False
 
     # ---- images
@@ -132,10 +171,15 @@ class Superpeer:
         ref, wanted = Reference.parse(reference), platforms.parse(platform)
         key = (str(ref), str(wanted))
         resolving = self._resolving.get(key)
+        pace = PACE.get()
+        if pace is None and resolving is not None and resolving.pace is not None:
+            resolving.pace.lift()
         if resolving is None:
             progress = Progress()
-            task = asyncio.create_task(self._resolve(ref, wanted, progress))
-            resolving = self._resolving[key] = Resolving(task, progress)
+            part = pace.part() if pace else None
+            work = self._resolve(ref, wanted, progress)
+            task = asyncio.create_task(work, context=part.begins() if part else None)
+            resolving = self._resolving[key] = Resolving(task, progress, part)
             task.add_done_callback(lambda done: self._resolved(key, done))
         return resolving
 
@@ -151,7 +195,7 @@ class Superpeer:
         try:
             if record:
                 # A HEAD: most of the time nothing has changed.
-                top = await self.registry.resolve(reference)
+                top = await self._look_again(reference)
                 # It may have been withdrawn meanwhile.
                 still = self.catalog.find(str(reference), str(platform)) is record
                 if still and top.digest == record.top_digest:
@@ -164,10 +208,27 @@ class Superpeer:
             return record
         top_digest = resolved.index_digest or resolved.descriptor.digest
         known = self.catalog.by_manifest(resolved.descriptor.digest, reference.name)
+        if known is None and self.siblings is not None and await self.siblings.knows(resolved.descriptor.digest):
+            known = self.catalog.by_manifest(resolved.descriptor.digest, reference.name)
         if known is not None:
             return await self.catalog.confirm(known, str(reference), str(platform), top_digest)
         index = await self._index(reference, resolved, progress)
-        return await self.catalog.add(str(reference), str(platform), top_digest, index, image.encode(index))
+        record = await self.catalog.add(str(reference), str(platform), top_digest, index, image.encode(index))
+        if self.siblings is not None:
+            self.siblings.announce(record.index_digest)
+        return record
+
+    async def _look_again(self, reference: Reference) -> Descriptor:
+        """Return what a reference leads to now, if the registry says so soon: there is an older answer. Unavailable."""
+        loop, registry = asyncio.get_running_loop(), reference.registry
+        if loop.time() < self._hangs.get(registry, 0.0):
+            raise Unavailable(f"{registry} did not answer a moment ago")
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                return await self.registry.resolve(reference)
+        except TimeoutError:
+            self._hangs[registry] = loop.time() + _REST
+            raise Unavailable(f"{registry} did not answer in {_PATIENCE:.0f} s") from None
 
     async def _index(self, reference: Reference, resolved: ResolvedImage, progress: Progress) -> ImageIndex:
         loop = asyncio.get_running_loop()
@@ -186,11 +247,19 @@ class Superpeer:
 
     # ---- blobs
 
+    async def learn(self, digest: str) -> None:
+        """Have siblings asked about a blob that is not known here, before `find`. Raises as `Siblings.learn` does."""
+        if self.siblings is None or self.store.has(digest) or self.catalog.record_of(digest) is not None:
+            return
+        if not self.withdrawing.is_replacing(digest):
+            await self.siblings.learn(digest)
+
     def find(self, digest: str) -> Blob:
         """Return a blob that is here, or a layer's uncompressed tar that can be brought.
 
         Raises NotFound for a digest that no known image has.
         """
+        self.catalog.touch(digest)
         blob = self.store.find(digest)
         if blob is not None and self.store.has(digest):
             return blob
@@ -200,7 +269,7 @@ class Superpeer:
         found = self.catalog.layer_by_diff_id(diff_id)
         if found is not None:
             return found
-        if diff_id in self._replacing:
+        if self.withdrawing.is_replacing(diff_id):
             raise Unavailable(f"the image with the layer {diff_id} is being indexed anew", retry_after=1)
         hint = "ask for its image first"
         raise NotFound(f"no image that this superpeer knows has the blob {diff_id}", hint=hint)
@@ -210,23 +279,30 @@ class Superpeer:
         if not await self.store.missing(blob, chunks):
             return
         found = self._layer(blob.digest)
+        self.catalog.touch(blob.digest)
         loop = asyncio.get_running_loop()
         if loop.time() < self._full_until:
             # Whoever waits asks again soon; to fetch it from the registry each time would be a storm.
             raise StoreFull(f"the store had no room for {blob.digest} a moment ago", hint="raise store.limit")
+        self.demands += urgency < Urgency.PREFETCH
         try:
             await self._bring(*found, chunks, urgency)
         except StoreFull:
-            self._full_until = loop.time() + _FULL_FOR
+            if urgency < Urgency.PREFETCH:  # else who is waited for finds out by himself: what he wants may fit
+                self._full_until = loop.time() + _FULL_FOR
             raise
+        finally:
+            self.demands -= urgency < Urgency.PREFETCH
 
     async def _bring(self, reference: str, layer: ImageLayer, chunks: range, urgency: Urgency) -> None:
+        if self.siblings is not None and await self.siblings.chunks.bring(layer, chunks, urgency):
+            return
         if layer.seek_digest:
             try:
                 await self.lazy.bring(reference, layer, chunks, urgency)
                 return
             except Lie as lie:
-                await self._lied(layer, lie)
+                await self.withdrawing.lied(layer, lie)
             except Unsupported as error:
                 self.fallbacks.note("no ranges, whole layer fetched", error.message)
         else:
@@ -238,61 +314,10 @@ class Superpeer:
         descriptor = Descriptor(media_type=layer.media_type, digest=layer.layer_digest, size=layer.layer_size)
         _, made = await self.origin.bring(Reference.parse(reference), descriptor, layer.diff_id)
         if layer.seek_digest and made.digest != layer.index_digest:
-            await self._lied(layer, Lie("its index is not the one that the whole layer gives"))
+            await self.withdrawing.lied(layer, Lie("its index is not the one that the whole layer gives"))
 
-    async def _lied(self, layer: ImageLayer, lie: Lie) -> None:
-        """Withdraw a layer's index, and index the images that use it anew; once, whoever finds out at the same time."""
-        await asyncio.shield(self._heal(layer, lie))
-
-    def _heal(self, layer: ImageLayer, lie: Lie) -> asyncio.Task[None]:
-        task = self._healing.get(layer.found_index)
-        if task is None:
-            task = self._healing[layer.found_index] = asyncio.create_task(self._replace(layer, lie))
-            task.add_done_callback(lambda done: self._healed(layer, done))
-        return task
-
-    def _healed(self, layer: ImageLayer, task: asyncio.Task[None]) -> None:
-        self._healing.pop(layer.found_index, None)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("could not replace a lying index", layer=layer.layer_digest, why=str(error))
-
-    async def _replace(self, layer: ImageLayer, lie: Lie) -> None:
-        why = f"layer {layer.layer_digest}: {lie.message}"
-        self.fallbacks.note("lying index thrown away", why)
-        withdrawn = await self.catalog.withdraw(layer)
-        layers = {each.found_index: each for _, index in withdrawn for each in index.layers if each.seek_digest}
-        layers[layer.found_index] = layer
-        self._replacing.update(each.diff_id for each in layers.values())
-        try:
-            for record, index in withdrawn:
-                log.error("an index in the registry lies and is thrown away", image=record.reference,
-                          artifact=index.artifact, manifest=record.manifest_digest, why=why)  # fmt: skip
-                await self._refused.add(index.artifact, why)
-            for each in layers.values():
-                await self.lazy.drop(each)
-            await self._throw_away(layer)
-            for record, _ in withdrawn:
-                await self._index_anew(record)
-        finally:
-            self._replacing.subtract(each.diff_id for each in layers.values())
-            self._replacing += Counter()  # drops the zeros
-
-    async def _index_anew(self, record: ImageRecord) -> None:
-        # By its digest: the tag may have moved, and nodes run this image.
-        pinned = Reference.parse(record.reference).at(record.manifest_digest)
-        try:
-            await asyncio.shield(self.resolve(str(pinned), record.platform).task)
-        except DadiError as error:
-            # Whoever asks for the image next has it indexed then.
-            log.error("could not index an image anew", image=record.reference, why=str(error))
-
-    async def _throw_away(self, layer: ImageLayer) -> None:
-        """Remove what was verified by tables that may lie; whole blobs were verified by their digests and stay."""
-        for digest in (layer.diff_id, layer.layer_digest):
-            for _ in range(_REMOVE_TRIES):
-                if self.store.find(digest) is None or self.store.has(digest) or await self.store.remove(digest):
-                    break
-                await asyncio.sleep(0.1)  # somebody is being served from it
+    async def _resolve_anew(self, reference: str, platform: str) -> None:
+        await asyncio.shield(self.resolve(reference, platform).task)
 
     async def read(self, blob: Blob, chunks: range, urgency: Urgency = Urgency.DEMAND) -> list[bytes]:
         """Be the source of an embedding node, whose own store has been asked already."""
@@ -309,29 +334,31 @@ class Superpeer:
             "registry_layers": self.origin.layers,
             "registry_bytes": self.origin.bytes + self.lazy.statistics()["bytes"],
             "ranges": self.lazy.statistics(),
+            "originals": self.originals.statistics(),
             "registry": self.registry.statistics(),
             "store": self.store.statistics(),
+            "siblings": self.siblings.statistics() if self.siblings else None,
+            "prefetch": self.prefetch.statistics(),
+            "traces": self.traces.statistics(),
+            "tls": self.tls.statistics() if self.tls else None,
             "fallbacks": self.fallbacks.statistics(),
         }
 
     async def close(self) -> None:
         """Break off what is under way; the store is closed by who opened it."""
+        await self.prefetch.close()
         await self.lazy.close()
-        tasks = [*(resolving.task for resolving in self._resolving.values()), *self._healing.values()]
+        if self.siblings is not None:
+            await self.siblings.close()
+        tasks = [resolving.task for resolving in self._resolving.values()]
         for task in tasks:
             task.cancel()
+        await self.withdrawing.close()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.originals.close()
         await self.origin.close()
         await self.registry.close()
+        await self.shown.close()
         self.catalog.close()
-
-
-def _keys(paths: tuple[str, ...]) -> list[Ed25519PublicKey]:
-    keys = []
-    for path in paths:
-        try:
-            pem = Path(path).read_bytes()
-        except OSError as error:
-            raise ConfigError(f"indexing.trusted_keys: {path} cannot be read: {error.strerror}") from None
-        keys.append(signature.public_key(pem, f"indexing.trusted_keys: {path}"))
-    return keys
+        if self.tls:
+            await self.tls.close()

@@ -50,8 +50,10 @@ def nothing_is_left_for_the_collector() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def nothing_blocks_the_event_loop(request: pytest.FixtureRequest) -> Iterator[None]:
     """Raise BlockingError where our code makes a call on the event loop that may wait for a disk or a network."""
-    with blockbuster_ctx(scanned_modules=["dadi", "superpeer", "fuse"]) as blockbuster:
+    with blockbuster_ctx(scanned_modules=["dadi", "superpeer", "registry_proxy", "fuse"]) as blockbuster:
         for function in blockbuster.functions.values():
             # Opening a store blocks, and says so: programs do it in a thread, tests need not.
             function.can_block_in("dadi/blobs/disk.py", {"__init__", "_load"})
+        # To a socket that does not block, of pages that are in the cache: as asyncio does itself.
+        blockbuster.functions["os.sendfile"].can_block_in("dadi/blobs/serving.py", {"_sent_at_once"})
         yield

@@ -9,19 +9,40 @@ disk first, and keeps what comes. `Patient` waits while everybody is away; insid
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+
 from dadi.blobs.kept import Kept
 from dadi.blobs.patient import Patient
 from dadi.blobs.single_flight import SingleFlight
-from dadi.blobs.source import Source
+from dadi.blobs.source import Source, Urgency
 from dadi.blobs.store import BlobStore
 from dadi.fallbacks import Fallbacks
+from dadi.index.chunks import Blob
+
+Hurry = Callable[[Blob, range, Urgency], None]
 
 
 class Chain(SingleFlight):
     """A node's source for everything it reads; its links are at hand for statistics."""
 
-    def __init__(self, store: BlobStore, upstream: Source, *, patience: float, fallbacks: Fallbacks) -> None:
-        """`patience`: seconds that a read waits for upstream before it fails."""
-        self.patient = Patient(upstream, patience, fallbacks)
+    def __init__(self, store: BlobStore, upstream: Source, *, patience: float, fallbacks: Fallbacks,
+                 hurry: Hurry | None = None) -> None:  # fmt: skip
+        """`patience`: seconds that a read waits for upstream before it fails.
+
+        `hurry`: of an upstream that takes chunks one by one, and can be told of those that somebody waits for by now.
+        """
+        self.patient = Patient(upstream, patience, fallbacks, wanted=self.wanted)
         self.kept = Kept(store, self.patient, fallbacks)
-        super().__init__(self.kept)
+        self._hurry = hurry
+        super().__init__(self.kept, by_chunk=hurry is not None)
+
+    def begin(self, blob: Blob, chunks: range, urgency: Urgency) -> list[asyncio.Future[bytes]]:
+        """See `SingleFlight.begin`; what is in flight for somebody less urgent is hurried."""
+        self.hurry(blob, chunks, urgency)
+        return super().begin(blob, chunks, urgency)
+
+    def hurry(self, blob: Blob, chunks: range, urgency: Urgency) -> None:
+        """Say that chunks are wanted which may be in flight already."""
+        if self._hurry is not None and urgency == Urgency.DEMAND:
+            self._hurry(blob, chunks, urgency)

@@ -5,7 +5,8 @@ waits in a queue. When a read ends, the most urgent chunk that waits is taken, t
 with all its neighbours that wait with the same urgency, up to `largest` bytes. Who asks for a chunk that others wait
 for waits with them; if he is in a greater hurry, a chunk that is still in the queue moves up.
 
-Work that nobody waits for has at most half of the reads, so that demand always finds the way free. What may happen to a
+Work that nobody waits for has at most half of the reads, and what a starting program will want at most three quarters,
+so that demand always finds the way free. What may happen to a
 demand whose chunk is being read for nobody: it waits for the whole of that read, which is why such a read has at most
 `patient` bytes; or, with `overtake`, it is read once more, alone. That is for a source that has a queue of its own,
 below, in which the first read waits, and which fetches nothing twice.
@@ -28,6 +29,8 @@ from dadi.index.chunks import Blob
 
 _Key = tuple[str, int, int]
 """Digest, chunk size, chunk."""
+_QUARTERS = {Urgency.STARTUP: 3, Urgency.PREFETCH: 2, Urgency.BACKFILL: 2}
+"""How much of the reads that are not demand may be under way for one more of this class to begin."""
 
 
 class _Wanted(msgspec.Struct, eq=False):
@@ -110,7 +113,7 @@ class Joined:
                 heapq.heappop(self._queue)  # it was read, or moved up, meanwhile
                 continue
             patient = sum(1 for other in self._tasks.values() if other != Urgency.DEMAND)
-            if urgency != Urgency.DEMAND and patient >= max(1, self._parallel // 2):
+            if urgency != Urgency.DEMAND and patient >= max(1, self._parallel * _QUARTERS[wanted.urgency] // 4):
                 return None  # whatever waits behind it is not more urgent
             return wanted
         return None

@@ -29,14 +29,17 @@ class Patient:
         patience: float,
         fallbacks: Fallbacks,
         *,
+        wanted: Callable[[Blob, range, Urgency], Urgency] = lambda blob, chunks, urgency: urgency,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        """`wanted`: how urgent a read is by now; somebody more urgent may have joined it since."""
         self.source = source
         self.patience = patience
         self.waiting = 0
         """Reads that are being waited out now."""
         self._fallbacks = fallbacks
+        self._wanted = wanted
         self._clock = clock
         self._sleep = sleep
 
@@ -49,7 +52,7 @@ class Patient:
         wait = _FIRST_WAIT
         while True:
             try:
-                return await self.source.read(blob, chunks, urgency)
+                return await self.source.read(blob, chunks, self._wanted(blob, chunks, urgency))
             except DadiError as error:
                 if isinstance(error, InvalidRequest):
                     raise

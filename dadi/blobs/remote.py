@@ -3,7 +3,8 @@
     →  GET /v1/blobs/sha256:… HTTP/1.1          ←  206 Partial Content
        Range: bytes=A-B                            Content-Range: bytes A-B/SIZE
        Accept-Encoding: zstd                       exactly B-A+1 bytes
-       Dadi-Urgency: backfill (or nothing)      or Content-Encoding: zstd, frames of exactly B-A+1 bytes together
+       Dadi-Urgency: prefetch (see `Urgency`)   or Content-Encoding: zstd, frames of exactly B-A+1 bytes together
+       Authorization: Bearer TOKEN              or 401: the token is renewed, once, and the run asked for again
 
 The range always counts the blob's own bytes, also where they come compressed. A run of chunks is one request. A 200,
 another range, another size or a short body is an error: the bytes are dropped.
@@ -19,16 +20,19 @@ import zstandard
 
 from dadi import http
 from dadi.blobs.source import Urgency
-from dadi.errors import DigestMismatch
+from dadi.errors import DigestMismatch, TokenRefused
 from dadi.index.chunks import MAX_CHUNK_SIZE, Blob
+from dadi.peers.tokens import Tokens
 from dadi.wire import URGENCY
 
 
 class Remote:
     """A source on the machine at `url` ("http://host:port")."""
 
-    def __init__(self, url: str, session: aiohttp.ClientSession, *, compress: bool = True) -> None:
-        """`compress`: take the bytes compressed where the other side offers it."""
+    def __init__(self, url: str, session: aiohttp.ClientSession, *, compress: bool = True,
+                 tokens: Tokens | None = None) -> None:  # fmt: skip
+        """`compress`: take the bytes compressed where the other side offers it. `tokens`: what the node holds."""
+        self._tokens = tokens
         self.url = url.rstrip("/")
         self._session = session
         self._accept = "zstd" if compress else "identity"
@@ -43,11 +47,22 @@ class Remote:
         """Return the run, unverified; raise Unavailable if it does not come whole."""
         if not chunks:
             return []
+        shown = self._tokens.text(blob.digest) if self._tokens else None
+        try:
+            return await self._read(blob, chunks, urgency, shown)
+        except TokenRefused:
+            if self._tokens is None or not await self._tokens.renewed(blob.digest, shown):
+                raise
+        return await self._read(blob, chunks, urgency, self._tokens.text(blob.digest))
+
+    async def _read(self, blob: Blob, chunks: range, urgency: Urgency, token: str | None) -> list[bytes]:
         offset, length = blob.table.span(chunks)
         last = offset + length - 1
         headers = {"Range": f"bytes={offset}-{last}", "Accept-Encoding": self._accept}
         if urgency != Urgency.DEMAND:
-            headers[URGENCY] = "backfill"
+            headers[URGENCY] = urgency.word
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"
         self.requests += 1
         url = f"{self.url}/v1/blobs/{blob.digest}"
         async with http.request(self._session, "GET", url, "reading a blob", headers=headers) as response:

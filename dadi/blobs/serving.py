@@ -2,7 +2,8 @@
 
 A `Range` of one `bytes=A-B` (or `A-`) gives 206, no `Range` gives 200 and the whole; anything else gives 416. What is
 not here is brought first, and just that; only present, verified bytes are sent, by the kernel (`sendfile`). Pages that
-are not in its cache are read in a thread first, since `sendfile` would wait for the disk on the event loop.
+are not in its cache are read in a thread first, since `sendfile` would wait for the disk on the event loop. Under TLS
+the bytes go through this process, 256 KiB at a time.
 
 A range request with `Accept-Encoding: zstd` may get its bytes compressed (`Content-Encoding: zstd`, a frame a chunk,
 `Content-Range` still counts the bytes as they are in the blob): see `Compressor`.
@@ -14,7 +15,7 @@ import asyncio
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 import zstandard
@@ -22,14 +23,17 @@ from aiohttp import web
 
 from dadi import digest as digests
 from dadi.blobs.disk import DiskBlobs
-from dadi.blobs.source import Urgency
+from dadi.blobs.source import Urgency, urgency_of_word
 from dadi.errors import NotFound
 from dadi.index.chunks import Blob
+from dadi.peers.gate import OPEN, Doorman
 from dadi.wire import URGENCY
 
 _RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})")
-_FIRST_PART = 16 << 10
+FIRST_PART = 16 << 10
+"""Bytes that leave together with what comes before them."""
 _STEP = 1 << 20
+_ENCRYPTED_STEP = 256 << 10
 _STALLED = 60.0
 """Seconds that a step may take before its reader is given up."""
 
@@ -52,9 +56,13 @@ class Shelf(Protocol):
 
 
 class BlobServer:
-    """The handler; `shelf` brings what is not here yet. Counts what it sent."""
+    """The handler; `shelf` brings what is not here yet, `gate` says who gets it. Counts what it sent."""
 
-    def __init__(self, shelf: Shelf, compressor: Compressor) -> None:
+    def __init__(self, shelf: Shelf, compressor: Compressor, gate: Doorman = OPEN, *,
+                 learn: Callable[[str], Awaitable[None]] | None = None) -> None:  # fmt: skip
+        """`learn`: has others asked about a blob that the shelf may not know, before it is looked for there."""
+        self._gate = gate
+        self._learn = learn
         self._shelf = shelf
         self._store = shelf.store
         self._compressor = compressor
@@ -69,8 +77,12 @@ class BlobServer:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answer GET and HEAD."""
         digest = digests.parse(request.match_info["digest"])
+        # First of all: who may not have a blob is not told either whether it is here.
+        await self._gate.admit(request.headers, digest)
+        if self._learn is not None:
+            await self._learn(digest)
         blob = self._shelf.find(digest)
-        offset, length, status = _requested(request, blob.size)
+        offset, length, status = requested(request, blob.size)
         headers = {
             "Content-Length": str(length),
             "Content-Type": "application/octet-stream",
@@ -101,7 +113,7 @@ class BlobServer:
                     return web.Response(status=206, body=body, headers={**headers, "Content-Encoding": "zstd"})
             response = web.StreamResponse(status=status, headers=headers)
             await response.prepare(request)
-            await _send(request, response, file.fd, offset, length)
+            await send(request, response, file.fd, offset, length)
         self.wire_bytes += length
         return response
 
@@ -164,10 +176,10 @@ class Compressor:
 
 def urgency_of(headers: Mapping[str, str]) -> Urgency:
     """Return what the request's header says."""
-    return Urgency.BACKFILL if headers.get(URGENCY) == "backfill" else Urgency.DEMAND
+    return urgency_of_word(headers.get(URGENCY))
 
 
-def _requested(request: web.Request, size: int) -> tuple[int, int, int]:
+def requested(request: web.Request, size: int) -> tuple[int, int, int]:
     """Return (offset, length, status)."""
     text = request.headers.get("Range")
     if text is None:
@@ -180,29 +192,92 @@ def _requested(request: web.Request, size: int) -> tuple[int, int, int]:
     return (first, last - first + 1, 206) if first <= last else (0, 0, 416)
 
 
-async def _send(request: web.Request, response: web.StreamResponse, fd: int, offset: int, length: int) -> None:
+async def send(request: web.Request, response: web.StreamResponse, fd: int, offset: int, length: int) -> None:
+    """Send bytes of a file to whoever asked; raise ConnectionResetError if he has gone or does not read."""
     loop = asyncio.get_running_loop()
     end = offset + length
     # The head and the first bytes leave together; the rest never enters this process.
-    first = await loop.run_in_executor(None, os.pread, fd, min(_FIRST_PART, length), offset)
+    first: bytes | memoryview | None = cached(fd, offset, min(FIRST_PART, length))
+    if first is None:
+        first = await loop.run_in_executor(None, os.pread, fd, min(FIRST_PART, length), offset)
     await response.write(first)
     offset += len(first)
-    with os.fdopen(os.dup(fd), "rb", buffering=0) as file:
-        while offset < end:
-            step = min(_STEP, end - offset)
-            if not _in_page_cache(fd, offset, step):
-                await loop.run_in_executor(None, _read_ahead, fd, offset, step)
-            transport = request.transport
-            if transport is None or transport.is_closing():
-                raise ConnectionResetError("the reader has gone")
+    if request.transport is not None and request.transport.get_extra_info("sslcontext") is not None:
+        await _send_encrypted(request, response, fd, offset, end)
+        return
+    await send_file(request, fd, offset, end - offset)
+
+
+async def send_file(request: web.Request, fd: int, offset: int, length: int) -> None:
+    """Send bytes of a file without their entering this process, past aiohttp; not under TLS. Raises as `send`."""
+    loop = asyncio.get_running_loop()
+    end = offset + length
+    while offset < end:
+        step = min(_STEP, end - offset)
+        if not _in_page_cache(fd, offset, step):
+            await loop.run_in_executor(None, _read_ahead, fd, offset, step)
+        transport = request.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the reader has gone")
+        done = _sent_at_once(transport, fd, offset, step)
+        if done < step:
             try:
                 async with asyncio.timeout(_STALLED):
-                    await loop.sendfile(transport, file, offset, step)
+                    with os.fdopen(os.dup(fd), "rb", buffering=0) as file:
+                        await loop.sendfile(transport, file, offset + done, step - done)
             except TimeoutError:
                 # Somebody who asks and does not read would hold the blob for ever.
                 transport.abort()
                 raise ConnectionResetError("the reader does not read") from None
-            offset += step
+            except ConnectionError as error:  # asyncio's own when it has gone meanwhile is of no class below that
+                raise ConnectionResetError(f"the reader has gone: {error}") from None
+        offset += step
+
+
+def _sent_at_once(transport: asyncio.Transport, fd: int, offset: int, length: int) -> int:
+    """Return how many bytes the socket has taken without waiting: mostly all, and the event loop's way costs more."""
+    if transport.get_write_buffer_size():
+        return 0  # what the transport holds goes first
+    sock = transport.get_extra_info("socket")
+    done = 0
+    try:
+        while done < length and (sent := os.sendfile(sock.fileno(), fd, offset + done, length - done)):
+            done += sent
+    except BlockingIOError:
+        pass
+    return done
+
+
+async def _send_encrypted(
+    request: web.Request, response: web.StreamResponse, fd: int, offset: int, end: int
+) -> None:
+    """Send through this process: `sendfile` cannot encrypt, and asyncio's way around it takes 16 KiB a time."""
+    loop = asyncio.get_running_loop()
+    while offset < end:
+        step = min(_ENCRYPTED_STEP, end - offset)
+        piece: bytes | memoryview | None = cached(fd, offset, step)
+        if piece is None:
+            piece = await loop.run_in_executor(None, os.pread, fd, step, offset)
+        if not piece:
+            raise ConnectionResetError("the file is shorter than its blob")
+        try:
+            async with asyncio.timeout(_STALLED):
+                await response.write(piece)
+        except TimeoutError:
+            if request.transport is not None:
+                request.transport.abort()
+            raise ConnectionResetError("the reader does not read") from None
+        offset += len(piece)
+
+
+def cached(fd: int, offset: int, length: int) -> memoryview | None:
+    """Return what the page cache has at once of these bytes; None if it has not even the first."""
+    buffer = bytearray(length)
+    try:
+        got = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
+    except OSError:
+        return None
+    return memoryview(buffer)[:got] if got else None
 
 
 def _in_page_cache(fd: int, offset: int, length: int) -> bool:

@@ -19,13 +19,20 @@ _Key = tuple[str, int, int]
 
 
 class SingleFlight:
-    """A source around `source`; see the head of this file."""
+    """A source around `source`; see the head of this file.
 
-    def __init__(self, source: Source) -> None:
+    `by_chunk`: each chunk is fetched, and kept, by itself; who waits for the first of a run has it before the last one
+    has come. That is what lets a node pass on to others what it is still getting; whoever is asked joins them again.
+    """
+
+    def __init__(self, source: Source, *, by_chunk: bool = False) -> None:
         self.source = source
+        self._by_chunk = by_chunk
         self.joined = 0
         """Chunks that were waited for instead of fetched a second time."""
         self._in_flight: dict[_Key, asyncio.Future[bytes]] = {}
+        self._urgency: dict[_Key, Urgency] = {}
+        """Of what is in flight: that of whoever waits most urgently."""
         self._tasks: set[asyncio.Task[list[bytes]]] = set()
 
     def __repr__(self) -> str:
@@ -33,13 +40,22 @@ class SingleFlight:
 
     async def read(self, blob: Blob, chunks: range, urgency: Urgency = Urgency.DEMAND) -> list[bytes]:
         """Return the run, each of its chunks fetched by whoever was first to ask."""
+        return list(await asyncio.gather(*map(asyncio.shield, self.begin(blob, chunks, urgency))))
+
+    def begin(self, blob: Blob, chunks: range, urgency: Urgency) -> list[asyncio.Future[bytes]]:
+        """Have what is not in flight fetched; return a future for each chunk, which is not to be cancelled."""
         keys = [_key(blob, chunk) for chunk in chunks]
         new = [chunk for chunk, key in zip(chunks, keys, strict=True) if key not in self._in_flight]
         self.joined += len(chunks) - len(new)
-        for run in runs(new):
+        for key in keys:
+            self._urgency[key] = min(urgency, self._urgency.get(key, urgency))
+        for run in [range(chunk, chunk + 1) for chunk in new] if self._by_chunk else runs(new):
             self._take_off(blob, run, urgency)
-        waiting = [self._in_flight[key] for key in keys]
-        return list(await asyncio.gather(*map(asyncio.shield, waiting)))
+        return [self._in_flight[key] for key in keys]
+
+    def wanted(self, blob: Blob, chunks: range, urgency: Urgency) -> Urgency:
+        """Return how urgently chunks in flight are wanted by now."""
+        return min((self._urgency.get(_key(blob, chunk), urgency) for chunk in chunks), default=urgency)
 
     def _take_off(self, blob: Blob, run: range, urgency: Urgency) -> None:
         loop = asyncio.get_running_loop()
@@ -57,6 +73,7 @@ class SingleFlight:
         self._tasks.discard(task)
         for place, chunk in enumerate(run):
             future = self._in_flight.pop(_key(blob, chunk))
+            self._urgency.pop(_key(blob, chunk), None)
             if task.cancelled():
                 future.cancel()
             elif error := task.exception():

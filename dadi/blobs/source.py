@@ -17,8 +17,25 @@ class Urgency(enum.IntEnum):
 
     DEMAND = 0
     """The kernel, and behind it a program."""
+    STARTUP = 1
+    """Nobody yet; a program that is starting now will, by what its image's trace says."""
+    PREFETCH = 2
+    """An operator, who wants it here before programs do."""
     BACKFILL = 3
     """Nobody."""
+
+    @property
+    def word(self) -> str:
+        """What stands for it in messages and settings: "demand", "startup", "prefetch", "backfill"."""
+        return self.name.lower()
+
+
+def urgency_of_word(word: str | None) -> Urgency:
+    """Return what a message says; DEMAND for nothing, and for a word that this version does not know."""
+    return _BY_WORD.get(word or "", Urgency.DEMAND)
+
+
+_BY_WORD = {urgency.word: urgency for urgency in Urgency}
 
 
 class Source(Protocol):

@@ -1,7 +1,7 @@
 """Verify what an untrusted source gives, before anybody else sees it; count and blame.
 
-This sits *inside* `FirstOf`, one around each peer, superpeer or registry: a liar then fails alone, and the next source
-answers the read.
+One around each source that is asked (`dadi/peers/superpeer.py`): a liar then fails alone, and another one answers the
+read. Where nodes ask each other it is the line that verifies, chunk by chunk as they come (`dadi/peers/line.py`).
 """
 
 from __future__ import annotations

@@ -13,9 +13,12 @@ from dadi.cli.doctor import doctor
 from dadi.cli.index import index
 from dadi.cli.inspect import inspect
 from dadi.cli.mount import mount, umount
+from dadi.cli.peers import peers
+from dadi.cli.prefetch import prefetch
 from dadi.cli.pull import pull
 from dadi.cli.simulate import simulate
 from dadi.cli.status import status
+from dadi.cli.trace import trace
 from dadi.errors import DadiError
 
 
@@ -29,7 +32,9 @@ def cli() -> None:
     """
 
 
-for verb in (mount, umount, pull, status, inspect, index, convert, simulate, containerd_config, doctor):
+for verb in (
+    mount, umount, pull, prefetch, status, peers, trace, inspect, index, convert, simulate, containerd_config, doctor,
+):  # fmt: skip
     cli.add_command(verb)
 
 

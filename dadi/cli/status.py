@@ -28,6 +28,7 @@ def status(devices: bool, node_socket: str, as_json: bool) -> None:
         return
     _mounts(answer["mounts"], devices)
     _traffic(answer)
+    _tls(answer.get("tls"))
     _fallbacks(answer["fallbacks"])
 
 
@@ -51,12 +52,54 @@ def _traffic(answer: dict[str, Any]) -> None:
     reads, store = answer["reads"], answer["store"]
     click.echo(f"\nreads by the kernel: {reads['hits']} answered from the store, {reads['misses']} had to be fetched, "
                f"{answer['waiting']['reads']} waiting, {reads['errors']} failed")  # fmt: skip
+    taken = answer.get("taken_over") or {}
+    if taken.get("mounts"):
+        click.echo(f"taken over from the process before: {taken['mounts']} mounts, {taken['devices']} lazy devices")
+    click.echo(f"from the store: {show.size(answer['bytes']['local'])}")
     for source in answer["sources"]:
         wrong = f", {source['wrong']} wrong (thrown away)" if source["wrong"] else ""
         click.echo(f"from {source['name']}: {show.size(source['bytes'])}{wrong}")
+    _peers(answer.get("peers"))
+    _proxy(answer.get("proxy"))
+    _trace(answer.get("trace"))
     limit = f" of at most {show.size(store['limit'])}" if store["limit"] else ""
     click.echo(f"store: {show.size(store['bytes'])}{limit} in {store['blobs']} blobs; "
                f"backfill: {answer['backfill']['state']}")  # fmt: skip
+
+
+def _trace(trace: dict[str, Any] | None) -> None:
+    if not trace or not (trace["replays"] or trace["recordings"]):
+        return
+    good = f", of which programs read {trace['hit_ratio']:.0%}" if trace["hit_ratio"] >= 0 else ""
+    click.echo(f"startup traces: {trace['replays']} replayed, {show.size(trace['bytes'])} ahead of the reads{good}; "
+               f"{trace['recordings']} recorded")  # fmt: skip
+
+
+def _peers(peers: dict[str, Any] | None) -> None:
+    if not peers:
+        return
+    served = peers["served"] or {"bytes": 0, "children": []}
+    parents, children = (", ".join(names) or "none" for names in (peers["parents"], served["children"]))
+    click.echo(f"parents: {parents}; children: {children}, who got {show.size(served['bytes'])}")
+
+
+def _proxy(proxy: dict[str, Any] | None) -> None:
+    if not proxy:
+        return
+    served, where = proxy["served"], proxy["address"] or "NOT SERVING, its port is taken"
+    stale = f", {proxy['requests']['stale']} stale answers" if proxy["requests"]["stale"] else ""
+    cut = f", {served['cut']} cut off" if served["cut"] else ""
+    click.echo(f"plain pulls at {where}: {served['requests']} blobs, {show.size(served['bytes'])}; "
+               f"{proxy['requests']['manifests']} manifests{stale}{cut}")  # fmt: skip
+
+
+def _tls(tls: dict[str, Any] | None) -> None:
+    if not tls:
+        return
+    until = time.strftime("%Y-%m-%d %H:%M", time.localtime(tls["expires"]))
+    shown = f"certificate valid until {until}" if tls["certificate"] else "no certificate of our own"
+    wrong = f"; NEW FILES CANNOT BE USED: {tls['error']}" if tls["error"] else ""
+    click.echo(f"tls: {shown}{wrong}")
 
 
 def _fallbacks(rows: list[dict[str, Any]]) -> None:

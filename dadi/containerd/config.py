@@ -63,7 +63,7 @@ def text(version: Version, *, cri: bool, socket: str, root: str) -> str:
     transfer = version >= (2, 1)
     parts = [_head(version), _proxy_plugin(socket, root, transfer)]
     if cri:
-        parts.append(_for_cri(version, root))
+        parts.append(_for_cri(version, root, socket))
     if transfer:
         parts.append(_for_transfer())
     return "\n".join(parts)
@@ -88,10 +88,15 @@ def _proxy_plugin(socket: str, root: str, transfer: bool) -> str:
     )
 
 
-def _for_cri(version: Version, root: str) -> str:
+def _for_cri(version: Version, root: str, socket: str) -> str:
     first = (
         "# Start dadi-node before containerd: at its start CRI leaves out images whose snapshots it cannot ask for,\n"
         "# until they are pulled again (for which their registry must answer; what is here is not fetched again).\n"
+        "# So that private images are lazy with pods' pull secrets: `enabled = true` below `[cri]` in dadi-node's\n"
+        "# file, and kubelet asks dadi-node for images, containerd for all else. In kubelet's configuration:\n"
+        f"#   imageServiceEndpoint: unix://{_plain(socket.rpartition('/')[0])}/cri.sock\n"
+        "# or --image-service-endpoint with the same. Not needed for images that kubelet's credential providers know:\n"
+        "# `providers` below `[credentials]` in dadi-node's file.\n"
     )
     if version >= (2, 1):
         return f'{first}[plugins."{_CRI}"]\n  snapshotter = "{PLUGIN}"\n'
@@ -119,9 +124,14 @@ def _for_transfer() -> str:
 
 def _quoted(value: str) -> str:
     """Return a TOML string."""
+    return '"' + _plain(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _plain(value: str) -> str:
+    """Return a path that has no characters which would end a line."""
     if any(ord(character) < 32 or ord(character) == 127 for character in value):
         raise InvalidRequest(f"{value!r} has characters that no path in a configuration should have")
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return value
 
 
 class CriSettings(NamedTuple):

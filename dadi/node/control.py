@@ -3,8 +3,12 @@
     GET    /healthz
     GET    /metrics                                     Prometheus
     GET    /v1/status                                   JSON, see `Node.statistics`
+    GET    /v1/peers?image=I                            JSON, see `Peering.trees`
     POST   /v1/mounts {image, directory, platform}      events: "progress" …, "mounted" (a row of the status), "done"
     DELETE /v1/mounts?directory=D[&force=1]             {}
+    GET    /v1/traces?image=I[&platform=P]              {reference, platform, manifest_digest, trace: JSON or null}
+    POST   /v1/traces {image, platform, trace}          the same, after the trace was given to the superpeer
+    DELETE /v1/traces?image=I[&platform=P]              {}
     GET    /v1/inspect?image=I[&platform=P][&files=1]   events: "progress" …, "image", "layer" …, each followed by its
                                                         "files" (at most 1,000 an event), "done"
 """
@@ -24,7 +28,9 @@ from dadi.errors import Conflict, InvalidRequest, Malformed
 from dadi.index import layer as layer_index
 from dadi.index.image import ImageIndex
 from dadi.index.layer import Entry, Kind
+from dadi.node import traces
 from dadi.node.node import Node
+from dadi.node.peering import image_blobs
 from dadi.peers.superpeer import image_answer
 from dadi.wire import Event
 
@@ -36,6 +42,14 @@ class MountRequest(msgspec.Struct, forbid_unknown_fields=True):
 
     image: Annotated[str, msgspec.Meta(max_length=1024)]
     directory: Annotated[str, msgspec.Meta(max_length=4096)]
+    platform: Annotated[str, msgspec.Meta(max_length=100)] = ""
+
+
+class TraceRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of `POST /v1/traces`; `trace` as in `dadi/prefetch/trace_json.py`."""
+
+    image: Annotated[str, msgspec.Meta(max_length=1024)]
+    trace: dict[str, Any]
     platform: Annotated[str, msgspec.Meta(max_length=100)] = ""
 
 
@@ -66,6 +80,13 @@ def create(node: Node) -> web.Application:
         await node.mounts.unmount(directory, force=force)
         return web.json_response({})
 
+    async def peers(request: web.Request) -> web.Response:
+        if node.peering is None:
+            raise Conflict("this node has no peers", hint="it embeds a superpeer, or has peers.enabled = false")
+        in_use = [device.blob for device in node.devices.all()]
+        blobs = image_blobs(request.query.get("image", ""), node.mounts.statistics(), in_use)
+        return web.json_response(await node.peering.trees(blobs))
+
     async def inspect(request: web.Request) -> web.StreamResponse:
         image = request.query.get("image")
         if not image:
@@ -73,9 +94,33 @@ def create(node: Node) -> web.Application:
         platform = request.query.get("platform") or node.platform
         return await http.stream_events(request, inspecting(node, image, platform, request.query.get("files") == "1"))
 
+    async def trace(request: web.Request) -> web.Response:
+        return web.json_response(await traces.show(node, *_image(request)))
+
+    async def import_trace(request: web.Request) -> web.Response:
+        try:
+            body = msgspec.json.decode(await traces.body_of(request), type=TraceRequest)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise InvalidRequest(f"not a trace to import: {error}") from None
+        return web.json_response(await traces.bring(node, body.image, body.platform or node.platform, body.trace))
+
+    async def clear_trace(request: web.Request) -> web.Response:
+        await traces.clear(node, *_image(request))
+        return web.json_response({})
+
+    def _image(request: web.Request) -> tuple[str, str]:
+        image = request.query.get("image")
+        if not image:
+            raise InvalidRequest("image must be given")
+        return image, request.query.get("platform") or node.platform
+
+    app.router.add_get("/v1/traces", trace)
+    app.router.add_post("/v1/traces", import_trace)
+    app.router.add_delete("/v1/traces", clear_trace)
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/metrics", metrics.handler("dadi_node", node.statistics))
     app.router.add_get("/v1/status", status)
+    app.router.add_get("/v1/peers", peers)
     app.router.add_post("/v1/mounts", mount)
     app.router.add_delete("/v1/mounts", unmount)
     app.router.add_get("/v1/inspect", inspect)
@@ -99,7 +144,7 @@ async def inspecting(node: Node, image: str, platform: str, files: bool) -> Asyn
             yield event
     if answer is None:
         raise Malformed(f"the superpeer did not say what {image} is")
-    index = await node.mounts.index(answer)
+    index = await node.mounts.metadata.index(answer)
     yield {"event": "image", **msgspec.structs.asdict(answer), "config_digest": index.config_digest,
            "compressed_bytes": index.layers_size, "unpacked_bytes": index.unpacked_size,
            "metadata_bytes": index.metadata.size, "layers": len(index.layers), "index_origin": index.origin,

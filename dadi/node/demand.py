@@ -1,4 +1,7 @@
-"""Who is waiting now: lets backfill begin after a quiet period and stand aside for programs."""
+"""Who is waiting now: lets backfill begin after a quiet period and stand aside for programs.
+
+A replay of a startup trace is no quiet: what it fetches is about to be waited for.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from dadi.index.chunks import Blob
 
 
 class Demand:
@@ -18,6 +23,19 @@ class Demand:
         self.pending = 0
         self.total = 0
         self.last = clock()
+        self.replays = 0
+        self.on_miss: Callable[[Blob, range], None] = lambda blob, chunks: None
+        """Told which chunks a read waits for."""
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """A startup trace is replayed inside of this."""
+        self.replays += 1
+        try:
+            yield
+        finally:
+            self.replays -= 1
+            self.last = self._clock()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -35,8 +53,8 @@ class Demand:
                 self._idle.set()
 
     def quiet_for(self) -> float:
-        """Return the seconds since a read last waited; 0 while one does."""
-        return 0.0 if self.pending else self._clock() - self.last
+        """Return the seconds since a read last waited, or a replay ended; 0 while there is one."""
+        return 0.0 if self.pending or self.replays else self._clock() - self.last
 
     async def idle(self) -> None:
         """Return when no read waits."""

@@ -4,6 +4,9 @@
                  LAZY ──lied──────► BROKEN       all chunks matched the table, the whole not its digest: reads fail
 
 A blob that is complete when it is attached is LOCAL from the start, and then our process is never in its read path.
+
+A loop device outlives us while something is mounted on it. `reopen` gives the FUSE files under such devices their bytes
+again, before the kernel may ask for them; `acquire` then adopts the device. Blob and store are all that this needs.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +50,7 @@ class LazyFile:
         self.size = file.size
         self.fd = file.fd
         self.present = file.present
+        self.touched = bytearray(len(file.present))
         self.chunk_shift = file.chunk_shift
         self.failed: DadiError | None = None
         self._chain = chain
@@ -61,6 +66,7 @@ class LazyFile:
         if not chunks:
             return bytes(length)  # in the padding behind the blob's end
         with self._demand.waiting():
+            self._demand.on_miss(self.blob, chunks)
             parts = await self._chain.read(self.blob, chunks)
         if self.failed:
             raise self.failed
@@ -92,6 +98,19 @@ class Device:
         return self.loop.path if self.loop else "-"
 
 
+class _Left:
+    """A FUSE file under a loop device of an earlier process, open again, that no mount has claimed yet."""
+
+    def __init__(self, path: str, file: LazyFile, resources: contextlib.ExitStack) -> None:
+        self.path, self.file, self.resources = path, file, resources
+        self.loop: loop.LoopDevice | None = None
+
+    def close(self) -> None:
+        with self.resources:
+            if self.loop:
+                self.loop.close()
+
+
 class Devices:
     """All devices of this node."""
 
@@ -103,6 +122,9 @@ class Devices:
         self._fallbacks = fallbacks
         self._devices: dict[str, Device] = {}
         self._changing = asyncio.Lock()
+        self._left: dict[str, _Left] = {}
+        self._swaps: set[asyncio.Task[None]] = set()
+        self._place = ""
 
     def __repr__(self) -> str:
         return f"Devices({len(self._devices)}, {len(self.lazy())} lazy)"
@@ -115,10 +137,15 @@ class Devices:
         """Return every device."""
         return list(self._devices.values())
 
+    def touched(self, digest: str) -> bytearray | None:
+        """Return the marks that hits leave in a lazy device's file (see `fuse.device.BackedFile`), if it is one."""
+        device = self._devices.get(digest)
+        return device.lazy_file.touched if device and device.lazy_file else None
+
     async def acquire(self, blob: Blob, *, adopt: str | None = None) -> Device:
         """Return the blob's device, attached; pair with `release`.
 
-        `adopt` names a loop device of an earlier process that is over this blob's complete file.
+        `adopt` names a loop device of an earlier process for which `stands` is true.
         """
         async with self._changing:
             device = self._devices.get(blob.digest)
@@ -138,6 +165,16 @@ class Devices:
 
     async def _attach(self, device: Device, adopt: str | None) -> None:
         blob = device.blob
+        left = self._left.get(blob.digest)
+        if left is not None and await in_kernel(self._over_fuse, blob, adopt or left.path):
+            del self._left[blob.digest]
+            device.lazy_file, device.resources = left.file, left.resources
+            device.loop = left.loop
+            if device.loop is None or adopt not in (None, left.path):
+                device.loop = await in_kernel(loop.adopt, adopt or left.path)
+                if left.loop:
+                    await in_kernel(left.loop.close)
+            return
         await self._store.prepare(blob)
         file = device.resources.enter_context(self._store.open_device(blob))
         if self._store.has(blob.digest):
@@ -188,12 +225,20 @@ class Devices:
                 self._session.abort(device.lazy_file.name)
             log.error("a device is broken", device=device.path, blob=device.blob.digest, why=str(error))
             return
+        # Not cut short by who asked for it: the kernel would go on, and would need us for its reads.
+        task = asyncio.create_task(self._swap(device))
+        self._swaps.add(task)
+        task.add_done_callback(self._swaps.discard)
+        await asyncio.shield(task)
+
+    async def _swap(self, device: Device) -> None:
         async with self._changing:
             if device.loop is None or not device.users:
                 return
             path = self._store.data_path(device.blob)
             try:
-                await in_kernel(device.loop.swap, str(path))
+                if not await in_kernel(device.loop.swap, str(path)):
+                    self._fallbacks.note("device reads its local file by buffered I/O", f"{device.path}: {path}")
             except DadiError as error:
                 # All bytes are here, so reads are hits; only our process stays in their way.
                 self._fallbacks.note("device not swapped to the local file", f"{device.path}: {error.message}")
@@ -204,6 +249,64 @@ class Devices:
                 await in_kernel(self._session.remove, device.lazy_file.name)
                 device.lazy_file = None
         log.info("local: no longer in the read path", device=device.path, blob=device.blob.digest)
+
+    async def settle(self, seconds: float) -> None:
+        """Wait until no device is being re-pointed, but not for ever."""
+        if self._swaps:
+            await asyncio.wait(self._swaps, timeout=seconds)
+
+    # ---- after another process
+
+    async def reopen(self) -> int:
+        """Open the FUSE files under an earlier process's loop devices; return how many. Touches no mount."""
+        run, name = os.path.split(self._session.directory)
+        self._place = os.path.join(await in_kernel(os.path.realpath, run), name)
+        for status in await in_kernel(loop.attached):
+            place, _, file_name = _alive(status.backing_file).rpartition("/")
+            digest = f"sha256:{file_name}"
+            if place != self._place or digest in self._left:
+                continue
+            blob = self._store.find(digest)
+            if blob is None:
+                self._fallbacks.note("device not taken over", f"{status.path}: {digest} is not in the store")
+                continue
+            with contextlib.ExitStack() as resources:
+                file = LazyFile(resources.enter_context(self._store.open_device(blob)), self._chain, self._demand)
+                self._session.add(file)
+                self._left[digest] = _Left(status.path, file, resources.pop_all())
+        return len(self._left)
+
+    async def hold_left(self) -> None:
+        """Open the devices under which files were opened again: they must not end with the last mount on them.
+
+        Only when the FUSE files are served: a call of the process before may stand in the way, and wait for them.
+        """
+        for left in self._left.values():
+            with contextlib.suppress(DadiError):  # it has ended
+                left.loop = await in_kernel(loop.adopt, left.path)
+
+    async def stands(self, blob: Blob, name: str) -> bool:
+        """Whether the loop device `name` of an earlier process is over this blob, and can be adopted."""
+        device = self._devices.get(blob.digest)
+        if device is not None:
+            return device.path == name
+        if await in_kernel(loop.backing_file, name) == str(self._store.data_path(blob)):
+            return self._store.has(blob.digest)
+        return blob.digest in self._left and await in_kernel(self._over_fuse, blob, name)
+
+    async def end_left(self, keep: set[str]) -> None:
+        """Let reads fail of what no mount has claimed, but for the devices `keep` (/dev/loopN)."""
+        for digest, left in list(self._left.items()):
+            if left.path in keep:
+                continue
+            async with self._changing:  # a mount that is being made may be about to claim it
+                if self._left.pop(digest, None) is not None:
+                    await in_kernel(self._session.remove, left.file.name)
+                    await in_kernel(left.close)
+
+    def _over_fuse(self, blob: Blob, name: str) -> bool:
+        backing = loop.backing_file(name)
+        return backing is not None and _alive(backing) == f"{self._place}/{blob.digest[7:]}"
 
     def rows(self, blobs: list[Blob]) -> list[dict[str, Any]]:
         """Return what `dadi status` shows of the devices of an image."""
@@ -219,3 +322,8 @@ class Devices:
                 "error": device.error if device else None,
             })  # fmt: skip
         return rows
+
+
+def _alive(backing_file: str) -> str:
+    """Return the path of a file whose name may have been taken back meanwhile."""
+    return backing_file.removesuffix(" (deleted)")

@@ -229,7 +229,7 @@ class NodeImages:
                 self._touched[key] = time.monotonic()
                 return
             with contextlib.ExitStack() as holds:
-                index = await self._mounts.index(answer)
+                index = await self._mounts.metadata.index(answer)
                 await self._hold(answer, index, holds)
                 record = _Record(answer, time.time())
                 file = self._file(key)
@@ -253,15 +253,15 @@ class NodeImages:
     async def _index(self, key: str, answer: ImageAnswer) -> ImageIndex:
         index = self._indexes.get(key)
         if index is None:
-            index = await self._mounts.index(answer)
+            index = await self._mounts.metadata.index(answer)
             if key in self._images:
                 self._indexes[key] = index
         return index
 
     async def _hold(self, answer: ImageAnswer, index: ImageIndex, holds: contextlib.ExitStack) -> None:
         """Have index, metadata and layer indexes here, and keep them: a reboot without upstream must find them."""
-        await self._mounts.hold_metadata(answer, index, holds)
-        await self._mounts.hold_layer_indexes(index, holds)
+        await self._mounts.metadata.hold(answer, index, holds)
+        await self._mounts.metadata.hold_layer_indexes(index, holds)
 
     def _lock(self, key: str) -> asyncio.Lock:
         lock = self._alone.get(key)

@@ -9,15 +9,38 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
 _threads = ThreadPoolExecutor(64, thread_name_prefix="kernel")
+_under_way: set[Future[Any]] = set()
 
 
 async def in_kernel(call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Run a blocking call of `dadi/node/kernel.py`, `loop.py` or `fuse/`; cancelling us does not stop it."""
-    return await asyncio.get_running_loop().run_in_executor(_threads, partial(call, *args, **kwargs))
+    """Run a blocking call of `dadi/node/kernel.py`, `loop.py` or `fuse/`; cancelling us does not stop it.
+
+    What it then returns to nobody is closed if it can be: an attached loop device would stay for ever.
+    """
+    future = _threads.submit(partial(call, *args, **kwargs))
+    _under_way.add(future)
+    future.add_done_callback(_under_way.discard)
+    try:
+        return await asyncio.wrap_future(future)
+    except asyncio.CancelledError:
+        future.add_done_callback(_let_go)
+        raise
+
+
+def _let_go(future: Future[Any]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        close = getattr(future.result(), "close", None)
+        if close is not None:
+            _threads.submit(close)  # it may wait for reads: not on the event loop, if that is where we are
+
+
+def under_way() -> int:
+    """Return how many calls have not come back, cancelled or not."""
+    return len(_under_way)

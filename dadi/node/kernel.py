@@ -126,11 +126,14 @@ def mounted_at(directory: str | Path) -> Mount | None:
     return next((mount for mount in reversed(mounts()) if mount.target == path), None)
 
 
-def umount_all(directory: str | Path) -> None:
-    """Detach whatever is mounted on a directory, one on top of the other; nothing happens if nothing is."""
+def umount_all(directory: str | Path, *, force: bool = False) -> None:
+    """Detach whatever is mounted on a directory, one on top of the other; nothing happens if nothing is.
+
+    With `force` the readers of a FUSE mount get errors, also while somebody else still has its /dev/fuse.
+    """
     with contextlib.suppress(NotFound):
         while True:
-            umount(directory, detach=True)
+            umount(directory, force=force, detach=True)
 
 
 def parse_mountinfo(text: bytes) -> list[Mount]:

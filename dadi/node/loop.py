@@ -64,8 +64,10 @@ class LoopDevice:
     def __repr__(self) -> str:
         return f"LoopDevice({self.path}, {backing_file(self.path)})"
 
-    def swap(self, path: str | Path) -> None:
+    def swap(self, path: str | Path) -> bool:
         """Re-point the device to a file of the same size, which must have the same bytes; it may be mounted.
+
+        Returns whether it reads that by direct I/O; buffered is slower, not wrong.
 
         Waits for the reads that are under way. Raises NotFound, InvalidRequest (another size, not read-only).
         """
@@ -79,8 +81,11 @@ class LoopDevice:
             raise _translated(error, what) from None
         finally:
             os.close(backing)
-        with suppress(OSError):  # then reads are buffered: slower, not wrong
+        try:
             fcntl.ioctl(self._fd, LOOP_SET_DIRECT_IO, 1)
+        except OSError:
+            return False
+        return True
 
     def status(self) -> LoopStatus:
         """Return how the kernel has it; raise NotFound if it is not attached (any more)."""

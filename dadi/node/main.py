@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +13,13 @@ import structlog
 from dadi import http, program
 from dadi.node import control
 from dadi.node.config import NodeConfig
+from dadi.node.in_kernel import under_way
 from dadi.node.node import Node
+from dadi.node.proxying import PlainPulls
 
 if TYPE_CHECKING:
-    from dadi.snapshotter.service import Serving
+    from dadi.containerd.cri import Proxying
+    from dadi.grpc_socket import Serving
     from dadi.snapshotter.snapshots import Snapshots
 
 log = structlog.get_logger()
@@ -32,18 +36,25 @@ async def serve(config: NodeConfig, stop: asyncio.Event) -> None:
         return
     try:
         runner = await http.serve_unix(control.create(node), str(Path(config.run) / "node.sock"))
-        snapshotter = None
+        snapshotter = cri = None
         try:
+            if config.proxy.enabled:
+                node.proxying = await PlainPulls.start(node)
+            if config.cri.enabled:
+                cri = await _cri(config, node)
             if node.snapshots is not None:
                 snapshotter = await _snapshotter(config, node.snapshots)
             log.info("node is ready", run=config.run, state=config.state, mounts=len(node.mounts.statistics()))
             await stop.wait()
         finally:
+            if cri is not None:
+                await cri.stop()
             if snapshotter is not None:
                 await snapshotter.stop()
             await runner.cleanup()
     finally:
         await node.close()
+        _end_if_stuck()
 
 
 async def _snapshotter(config: NodeConfig, snapshots: Snapshots) -> Serving:
@@ -51,6 +62,25 @@ async def _snapshotter(config: NodeConfig, snapshots: Snapshots) -> Serving:
     from dadi.snapshotter.service import serve as serve_snapshots
 
     return await serve_snapshots(Path(config.run) / "snapshotter.sock", snapshots)
+
+
+async def _cri(config: NodeConfig, node: Node) -> Proxying:
+    from dadi.containerd.cri import serve as serve_cri
+
+    path = Path(config.run) / "cri.sock"
+    return await serve_cri(path, config.cri.containerd, node.keychain.pulls, node.fallbacks)
+
+
+def _end_if_stuck() -> None:
+    """End at once if a call waits in the kernel for reads that only our successor can answer.
+
+    The interpreter would wait for its thread, and the successor for us.
+    """
+    if under_way():
+        log.warning("stopped while calls wait in the kernel: the next process has them answered", calls=under_way())
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 async def _started(config: NodeConfig, stop: asyncio.Event) -> Node | None:

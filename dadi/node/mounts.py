@@ -3,9 +3,11 @@
     mount      (1) resolve upstream  (2) image index  (3) metadata, whole  (4) a device per layer  (5) EROFS over them
                whatever fails, the steps before it are undone
     unmount    plain: as umount(8), EBUSY while it is used; forced: waiting reads fail with EIO, the mount is detached
-    restore    what is still mounted on local devices is adopted; what is not, or needs our process, is mounted anew
+    restore    what is still mounted is adopted, lazy or local (`Devices.stands`); what is not is mounted anew; what was
+               only half mounted or half unmounted when a process was killed is undone or ended
 
-Each mount has a record (`records.py`), written before the mount is reported as made, removed when it is gone.
+Each mount has a record (`records.py`), written before the image is mounted, again before the mount is reported as
+made, and before it is unmounted; removed when it is gone.
 
 Longer than most files here: a mount's whole life, whose steps undo each other, is in one place.
 """
@@ -15,35 +17,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
 
-from dadi import digest as digests
 from dadi.blobs.disk import DiskBlobs
-from dadi.erofs import writer as erofs
-from dadi.errors import Conflict, DadiError, Malformed, NotFound, TooLarge, Unavailable
+from dadi.errors import Conflict, DadiError, Malformed, NotFound, Unavailable
 from dadi.fallbacks import Fallbacks
-from dadi.index import image as image_index
-from dadi.index import layer as layer_index
-from dadi.index.chunks import Blob
 from dadi.index.image import ImageIndex
 from dadi.node import kernel
-from dadi.node.backfill import pieces
 from dadi.node.devices import Device, Devices, DeviceState
 from dadi.node.in_kernel import in_kernel
+from dadi.node.metadata import Metadata
 from dadi.node.records import MountRecord, MountRecords
-from dadi.peers.superpeer import MAX_SMALL_BLOB, ImageAnswer, Upstream, image_answer
+from dadi.peers.superpeer import ImageAnswer, Upstream, image_answer
 from dadi.wire import Event
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 
 _RETRY_EVERY = 10.0
 _LET_FINISH = 10.0
-"""Seconds: between two tries to restore a mount; for mounts that are being made when we stop."""
+_LOOK_EVERY = 0.1
+"""Seconds: between two tries to restore a mount; for mounts that are being made when we stop; between two looks at what
+a process that is dying may still do."""
 
 
 class Mount:
@@ -73,18 +73,28 @@ class Mounts:
     """All mounts of this node."""
 
     def __init__(self, records: MountRecords, store: DiskBlobs, devices: Devices, upstream: Upstream,
-                 fallbacks: Fallbacks, on_mount: Callable[[], None]) -> None:  # fmt: skip
+                 fallbacks: Fallbacks, on_mount: Callable[[], None],
+                 on_index: Callable[[ImageIndex], None] = lambda index: None) -> None:  # fmt: skip
+        """`on_mount`: told when there is something new; `on_index`: of an image whose blobs are about to be read."""
         self._records = records
         self._store = store
         self._devices = devices
         self._upstream = upstream
         self._fallbacks = fallbacks
         self._on_mount = on_mount
+        self._on_index = on_index
         self._mounts: dict[str, Mount] = {}
         self._busy: set[str] = set()
         self._lost: dict[str, tuple[MountRecord, str]] = {}
-        self._tasks: set[asyncio.Task[Mount]] = set()
-        self._metadata = asyncio.Lock()
+        self._unfinished: dict[str, MountRecord] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.adopted = 0
+        """How many mounts of an earlier process still stood."""
+        self.metadata = Metadata(store, upstream, fallbacks, on_index)
+        self.predecessor_is_dying: Callable[[], bool] = lambda: False
+        """Whether calls of an earlier process, which was killed, may still be in the kernel."""
+        self.on_start: Callable[[ImageIndex], None] = lambda index: None
+        """Told of an image that is being mounted, all of it and not again, as early as its index is known."""
 
     def __repr__(self) -> str:
         return f"Mounts({len(self._mounts)})"
@@ -110,10 +120,7 @@ class Mounts:
             raise Malformed(f"the superpeer did not say what {reference} is")
         yield {"event": "progress", "stage": "fetching metadata"}
         # A task of our own: a client that goes away in the middle must not leave half a mount.
-        task = asyncio.create_task(self._make(MountRecord(directory, answer)))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        mount = await asyncio.shield(task)
+        mount = await asyncio.shield(self._task(self._make(MountRecord(directory, answer))))
         self._on_mount()
         log.info("mounted", image=answer.reference, directory=directory, state=mount.state)
         yield {"event": "mounted", **self._row(mount)}
@@ -132,10 +139,7 @@ class Mounts:
                 raise Conflict(f"{mount.record.answer.reference} is mounted at {directory} already")
             if await self._stands(mount.record):
                 return
-        task = asyncio.create_task(self._ensured(MountRecord(directory, answer, layers=layers)))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        mount = await asyncio.shield(task)
+        mount = await asyncio.shield(self._task(self._ensured(MountRecord(directory, answer, layers=layers))))
         self._on_mount()
         log.info("mounted", image=answer.reference, directory=directory, layers=layers, state=mount.state)
 
@@ -170,6 +174,12 @@ class Mounts:
         self._lost.pop(record.directory, None)
         return self._mounts[record.directory]
 
+    def _task(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
     def _check_free(self, directory: str) -> None:
         mount = self._mounts.get(directory)
         if mount is not None:
@@ -190,53 +200,28 @@ class Mounts:
         with self._alone(record.directory):
             self._check_free(record.directory)
             with contextlib.ExitStack() as holds:
-                index = await self._fetch(record, holds)
-                mount = await self._attach(record, index, holds)
+                index = await self._fetch(record, holds, starts=True)
+                lost, _ = self._lost.get(record.directory, (None, ""))
+                while lost is not None and await self._still_stands(lost):
+                    await in_kernel(kernel.umount, record.directory, detach=True)
+                mount = await self._attach(record, index)
                 mount.holds = holds.pop_all()
-                return mount
+            if lost is not None:
+                await self._end_left()  # its devices are not wanted any more
+            return mount
 
-    async def _fetch(self, record: MountRecord, holds: contextlib.ExitStack) -> ImageIndex:
+    async def _fetch(self, record: MountRecord, holds: contextlib.ExitStack, *, starts: bool = False) -> ImageIndex:
         """Have the image index and all of the metadata here, held: EROFS must never wait for them."""
-        index = await self.index(record.answer)
+        index = await self.metadata.index(record.answer)
+        if starts and not record.layers:
+            self.on_start(index)
         if record.layers:
-            index = await self._prefix(index, record.layers, holds)
-        await self.hold_metadata(record.answer, index, holds)
+            index = await self.metadata.prefix(index, record.layers, holds)
+        await self.metadata.hold(record.answer, index, holds)
         return index
 
-    async def hold_metadata(self, answer: ImageAnswer, index: ImageIndex, holds: contextlib.ExitStack) -> None:
-        """Have the metadata here, all of it, and hold it and the image index."""
-        for digest in (answer.index_digest, index.metadata.digest):
-            blob = self._store.find(digest)
-            if blob is not None:
-                holds.enter_context(self._store.hold(blob))
-        async with self._metadata:
-            await self._whole(index.metadata, holds)
-        whole = self._store.find(index.metadata.digest)
-        if whole is not None:  # it may have come by another call's hands
-            holds.enter_context(self._store.hold(whole))
-
-    async def hold_layer_indexes(self, index: ImageIndex, holds: contextlib.ExitStack) -> None:
-        """Have the layer indexes here, and hold them: what a mount of fewer layers is made from."""
-        for layer in index.layers:
-            if not self._store.has(layer.index_digest):
-                await self._store.put(await self._upstream.whole(layer.index_digest, layer.index_size))
-            held = self._store.find(layer.index_digest)
-            if held is not None:
-                holds.enter_context(self._store.hold(held))
-
-    async def _prefix(self, index: ImageIndex, layers: int, holds: contextlib.ExitStack) -> ImageIndex:
-        """Return the index of an image that is only the lowest layers of another; its metadata is made here."""
-        index = msgspec.structs.replace(index, layers=index.layers[:layers], devices=())
-        await self.hold_layer_indexes(index, holds)
-        indexes = []
-        for layer in index.layers:
-            data = await self._store.get(layer.index_digest)
-            indexes.append(await asyncio.to_thread(layer_index.decode, data))
-        metadata = await asyncio.to_thread(erofs.write, indexes)
-        blob = await self._store.put(metadata.image)
-        return msgspec.structs.replace(index, metadata=blob, devices=metadata.devices)
-
-    async def _attach(self, record: MountRecord, index: ImageIndex, holds: contextlib.ExitStack) -> Mount:
+    async def _attach(self, record: MountRecord, index: ImageIndex, *, recorded: bool = False) -> Mount:
+        """Attach and mount. `recorded`: it was reported as made before; if we are killed half-way it is to be made."""
         async with contextlib.AsyncExitStack() as undo:
             devices: list[Device] = []
             for blob in (index.metadata, *index.device_blobs()):
@@ -244,55 +229,31 @@ class Mounts:
                 undo.push_async_callback(self._devices.release, device)
                 devices.append(device)
             metadata, *layers = [device.path for device in devices]
+            record = msgspec.structs.replace(record, devices=(metadata, *layers), step="" if recorded else "mounting")
+            await self._records.write(record)
+            if not recorded:
+                undo.push_async_callback(self._records.remove, record.directory)
             await in_kernel(kernel.mount_erofs, metadata, record.directory, layers)
             undo.push_async_callback(in_kernel, kernel.umount, record.directory, detach=True)
-            record = msgspec.structs.replace(record, devices=(metadata, *layers))
-            await self._records.write(record)
+            if not recorded:
+                record = msgspec.structs.replace(record, step="")
+                await self._records.write(record)
             undo.pop_all()
         mount = self._mounts[record.directory] = Mount(record, index, devices)
         self._lost.pop(record.directory, None)
         return mount
 
-    async def index(self, answer: ImageAnswer) -> ImageIndex:
-        """Return the image's index, from the store or else from upstream."""
-        if self._store.has(answer.index_digest):
-            data = await self._store.get(answer.index_digest)
-            if await asyncio.to_thread(digests.of, data) == answer.index_digest:
-                return image_index.decode(data)
-            self._fallbacks.note("our own disk spoilt bytes, fetched again", f"the index {answer.index_digest}")
-            await self._store.remove(answer.index_digest)
-        data = await self._upstream.whole(answer.index_digest, answer.index_size)
-        index = image_index.decode(data)
-        if index.manifest_digest != answer.manifest_digest:
-            raise Malformed(f"the index {answer.index_digest} is of another image than {answer.manifest_digest}")
-        try:
-            await self._store.put(data)
-        except DadiError as error:
-            self._fallbacks.note("not kept: store full", error.message)
-        return index
-
-    async def _whole(self, blob: Blob, holds: contextlib.ExitStack) -> None:
-        """Have all of a blob here, or raise; does not wait for an upstream that is away."""
-        if blob.size > MAX_SMALL_BLOB:
-            raise TooLarge(f"the metadata of an image has {blob.size} bytes; the limit is {MAX_SMALL_BLOB}")
-        if self._store.has(blob.digest):
-            return
-        await self._store.prepare(blob)
-        holds.enter_context(self._store.hold(blob))
-        for run in pieces(blob, await self._store.missing(blob)):
-            parts = await self._upstream.source.read(blob, run)
-            await self._store.keep(blob, run.start, parts)
-        await self._store.finish(blob)
-
     # ---- unmounting
 
     async def unmount(self, directory: str, *, force: bool = False) -> None:
         """Unmount (a normalised path). Raises NotFound if nothing of ours is there, Conflict if it is in use."""
-        directory = await real_path(directory)
+        # A task of our own, as for a mount.
+        await asyncio.shield(self._task(self._unmount(await real_path(directory), force)))
+
+    async def _unmount(self, directory: str, force: bool) -> None:
         with self._alone(directory):
             if directory in self._lost:
-                del self._lost[directory]
-                await self._records.remove(directory)
+                await self._unmount_lost(directory, force)
                 return
             mount = self._mounts.get(directory)
             if mount is None:
@@ -302,11 +263,42 @@ class Mounts:
                     self._devices.abort(device)
             there = await in_kernel(kernel.mounted_at, directory)
             if there is not None and _is_ours(mount.record, there):
-                await self._umount(directory, force)
+                await self._step(mount.record, "unmounting")
+                try:
+                    await self._umount(directory, force)
+                except BaseException:
+                    await self._step(mount.record, "")
+                    raise
             elif there is not None and not force:
                 raise _other(directory, there)
             await self._gone(mount)
             log.info("unmounted", image=mount.record.answer.reference, directory=directory, forced=force)
+
+    async def _unmount_lost(self, directory: str, force: bool) -> None:
+        """Take away what could not be restored, and what of it still stands."""
+        record, why = self._lost.pop(directory)
+        try:
+            if force:
+                await self._end_left()  # nothing wants its devices now: the reads that wait for them fail
+            if await self._still_stands(record):
+                await self._umount(directory, force)
+        except BaseException:
+            self._lost[directory] = record, why
+            raise
+        await self._records.remove(directory)
+        await self._end_left()
+        log.info("dropped", image=record.answer.reference, directory=directory, forced=force)
+
+    async def _still_stands(self, record: MountRecord) -> bool:
+        there = await in_kernel(kernel.mounted_at, record.directory)
+        return there is not None and _is_ours(record, there)
+
+    async def _step(self, record: MountRecord, step: str) -> None:
+        """Write down what is about to happen; a disk that is full must not keep a mount from being taken down."""
+        try:
+            await self._records.write(msgspec.structs.replace(record, step=step))
+        except DadiError as error:
+            self._fallbacks.note("mount record not written", f"{record.directory}: {error}")
 
     async def _umount(self, directory: str, force: bool) -> None:
         try:
@@ -333,16 +325,71 @@ class Mounts:
             for record in records:
                 # First all of them: making one mount must not evict what another one needs.
                 await self._hold_what_is_here(record, holds)
-            for record in records:
+            finished = [record for record in records if not record.step]
+            # First what stands: its devices must not be made a second time for another image.
+            anew = [record for record in finished if not await self._adopted(record)]
+            for record in anew:
                 await self._restore(record)
+        self._unfinished = {record.directory: record for record in records if record.step}
+        for record in self._unfinished.values():
+            self._task(self._end(record))  # it may wait for reads that wait for upstream
+        await self._end_left()
+        for device in self._devices.lazy():
+            if self._store.has(device.blob.digest):
+                await self._devices.complete(device)  # the last of it came, but nobody was left to swap it
         if self._mounts:
             self._on_mount()
+
+    async def _adopted(self, record: MountRecord) -> bool:
+        with self._alone(record.directory):
+            try:
+                mount = await self._adopt(record)
+            except (DadiError, OSError) as error:
+                log.warning("a mount cannot be adopted", directory=record.directory, why=str(error))
+                return False  # `_restore` says what becomes of it
+        if mount is not None:
+            self.adopted += 1
+            log.info("adopted", image=record.answer.reference, directory=record.directory, state=mount.state)
+        return mount is not None
+
+    async def _end(self, record: MountRecord) -> None:
+        """Undo a mount that was being made, or end one that was being unmounted, when a process was killed."""
+        try:
+            with self._alone(record.directory):
+                busy, dying = False, True
+                while dying:
+                    # A process that is not gone yet may be in the middle of mount(2): it is looked once more after it.
+                    dying = record.step == "mounting" and self.predecessor_is_dying()
+                    if await self._still_stands(record):
+                        try:
+                            await in_kernel(kernel.umount, record.directory, detach=record.step == "mounting")
+                        except Conflict:
+                            busy = True  # what asked for it would have been told so
+                    if dying:
+                        await asyncio.sleep(_LOOK_EVERY)
+                if not busy:
+                    await self._records.remove(record.directory)
+            log.warning("a killed process was at it", directory=record.directory, step=record.step, stays=busy)
+            if busy:
+                await self._step(record, "")
+                record = msgspec.structs.replace(record, step="")
+                if await self._adopted(record) or await self._restore(record):
+                    self._on_mount()
+        except DadiError as error:
+            log.error("could not end what a killed process had begun", directory=record.directory, why=str(error))
+        finally:
+            self._unfinished.pop(record.directory, None)
+            await self._end_left()
+
+    async def _end_left(self) -> None:
+        wanted = [*self._unfinished.values(), *(record for record, _ in self._lost.values())]
+        await self._devices.end_left({device for record in wanted for device in record.devices})
 
     async def _hold_what_is_here(self, record: MountRecord, holds: contextlib.ExitStack) -> None:
         if not self._store.has(record.answer.index_digest):
             return
         try:
-            index = await self.index(record.answer)
+            index = await self.metadata.index(record.answer)
         except (DadiError, OSError) as error:
             log.warning("an image index cannot be read", directory=record.directory, why=str(error))
             return  # `_restore` says what becomes of it
@@ -361,7 +408,7 @@ class Mounts:
                         # Before anything is unmounted: what stands there may still be of use.
                         index = await self._fetch(record, holds)
                         await in_kernel(kernel.umount_all, record.directory)
-                        mount = await self._attach(record, index, holds)
+                        mount = await self._attach(record, index, recorded=True)
                         mount.holds = holds.pop_all()
             except (DadiError, OSError) as error:
                 self._lost[record.directory] = (record, str(error))
@@ -386,19 +433,20 @@ class Mounts:
                     continue
                 if restored:
                     self._lost.pop(record.directory, None)
+                    await self._end_left()
                     self._on_mount()
 
     async def _adopt(self, record: MountRecord) -> Mount | None:
-        """Return the mount as it still stands, if nothing in its way needs an earlier process of ours."""
+        """Return the mount as it still stands, if nothing in its way needs a process that we cannot replace."""
         there = await in_kernel(kernel.mounted_at, record.directory)
         if there is None or not _is_ours(record, there):
             return None
         if not self._store.has(record.answer.index_digest):
             return None
-        index = await self.index(record.answer)
+        index = await self.metadata.index(record.answer)
         if record.layers:
             with contextlib.ExitStack() as holds:
-                index = await self._prefix(index, record.layers, holds)
+                index = await self.metadata.prefix(index, record.layers, holds)
         needed = [record.answer.index_digest, index.metadata.digest]
         if record.layers:
             needed += [layer.index_digest for layer in index.layers]
@@ -406,8 +454,7 @@ class Mounts:
         if len(blobs) != len(record.devices):
             return None
         for blob, name in zip(blobs, record.devices, strict=True):
-            path = str(self._store.data_path(blob))
-            if not self._store.has(blob.digest) or await in_kernel(kernel.loop_backing, name) != path:
+            if not await self._devices.stands(blob, name):
                 return None
         async with contextlib.AsyncExitStack() as undo:
             devices = []
@@ -415,26 +462,31 @@ class Mounts:
                 devices.append(await self._devices.acquire(blob, adopt=name))
                 undo.push_async_callback(self._devices.release, devices[-1])
             undo.pop_all()
+        self._on_index(index)
         mount = self._mounts[record.directory] = Mount(record, index, devices)
         for digest in needed:
             if (held := self._store.find(digest)) is not None:
                 mount.holds.enter_context(self._store.hold(held))
         return mount
 
-    async def close(self, *, unmount: bool) -> None:
-        """Leave local mounts standing (unless `unmount`); unmount the others, since their reads would fail.
-
-        Their records stay: the next process mounts them again.
-        """
+    async def settle(self) -> None:
+        """Let end what is being mounted or unmounted, or cut it short."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_LET_FINISH)
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._devices.settle(_LET_FINISH)
+
+    async def close(self, *, unmount: bool, lazy_stay: bool) -> None:
+        """Leave local mounts standing (unless `unmount`), and lazy ones if `lazy_stay`; unmount the others.
+
+        Their records stay: the next process mounts them again.
+        """
         for mount in list(self._mounts.values()):
             directory = mount.record.directory
             mount.holds.close()
-            if mount.state == "local" and not unmount:
+            if lazy_stay or (mount.state == "local" and not unmount):
                 for device in mount.devices:
                     await self._devices.release(device)
                 continue
@@ -449,6 +501,10 @@ class Mounts:
         self._mounts.clear()
 
     # ---- state
+
+    def lazy(self) -> list[Mount]:
+        """Return the mounts that may still need upstream."""
+        return [mount for mount in self._mounts.values() if mount.state != str(DeviceState.LOCAL.value)]
 
     def statistics(self) -> list[dict[str, Any]]:
         """Return a row for each mount, and for each that could not be restored (state "lost", with its error)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -20,13 +21,15 @@ log = structlog.get_logger()
 class MountRecord(msgspec.Struct, frozen=True):
     """What is kept of a mount. `devices`: the loop devices, metadata first, as they were when it was made.
 
-    `layers`: how many of the image's lowest layers are mounted; 0 for all.
+    `layers`: how many of the image's lowest layers are mounted; 0 for all. `step`: "" for a mount that stands;
+    "mounting" before it is reported as made and "unmounting" once it is to end: who finds these, undoes or ends it.
     """
 
     directory: str
     answer: ImageAnswer
     devices: tuple[str, ...] = ()
     layers: int = 0
+    step: str = ""
 
 
 class MountRecords:
@@ -48,8 +51,11 @@ class MountRecords:
         await asyncio.to_thread(self._file(directory).unlink, missing_ok=True)
 
     async def all(self) -> list[MountRecord]:
-        """Return all records; one that is damaged is dropped, one that cannot be read is left: both are logged."""
-        await asyncio.to_thread(self._directory.mkdir, parents=True, exist_ok=True)
+        """Return all records; one that is damaged is dropped, one that cannot be read is left: both are logged.
+
+        For a start only: what a killed process has left half-written is deleted.
+        """
+        await asyncio.to_thread(self._begin)
         found = []
         for file in await asyncio.to_thread(lambda: sorted(self._directory.glob("*.json"))):
             try:
@@ -60,6 +66,12 @@ class MountRecords:
                 log.warning("dropped a damaged mount record", file=str(file), why=str(error))
                 await asyncio.to_thread(file.unlink, missing_ok=True)
         return found
+
+    def _begin(self) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for file in self._directory.glob("*.new"):
+            with contextlib.suppress(OSError):
+                file.unlink()
 
     def _file(self, directory: str) -> Path:
         return self._directory / f"{hashlib.sha256(os.fsencode(directory)).hexdigest()[:32]}.json"

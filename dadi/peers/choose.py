@@ -14,6 +14,10 @@ below that one just wait. Without that distinction one dead node near the top wo
 in their order is the superpeer. Patience counts from the last thing that came from a peer: what stands in a queue that
 moves is not late.
 
+Nor may anybody wait for ever: who is cut off, hostile, or waits for us in turn. After `waiting_most` somebody else is
+asked too, and if he has it at once the one that waited counts as late. The nearer to where it is stuck the sooner:
+those below then have it from the parent that they waited for, and do not blame it.
+
 Hedges cost upload. They are paid from an allowance: each ask earns a tenth of one, each second five. Asking somebody
 else after a failure, or because the peer was dropped meanwhile, is no hedge. Without allowance, and where whoever else
 was asked does not answer either, a peer has failed when it took four times its patience.
@@ -36,6 +40,7 @@ _EARNED_A_SECOND = 5.0
 _MOST_HEDGES = 16.0
 _SILENT = 4.0
 """An upstream that takes so many times its patience has failed."""
+_SOONER_A_HOP = 0.95
 _ASKABLE = (State.GOOD, State.SUSPECT, State.PROBING)
 
 
@@ -48,6 +53,8 @@ class Settings(msgspec.Struct, frozen=True):
     """A superpeer that says nothing for so long is taken for dead; until then it has much to do."""
     waiting_most: float = 5.0
     """After so long somebody else is asked too, however often it says that it waits."""
+    waiting_suspect: float = 0.5
+    """The same of a peer that is not GOOD."""
 
 
 class Try(msgspec.Struct, eq=False, gc=False):
@@ -58,6 +65,8 @@ class Try(msgspec.Struct, eq=False, gc=False):
     due: float
     waiting: bool = False
     waiting_since: float = 0.0
+    """0: it never said that it waits."""
+    waits_until: float = 0.0
 
 
 class Ask(msgspec.Struct, eq=False, gc=False):
@@ -97,7 +106,8 @@ class Chooser:
     def learn(self, place: Place) -> None:
         """Take the parents that the directory gives. What is being asked goes on."""
         self.parents = tuple(peer.id for peer in place.parents)
-        self._progress = {name: at for name, at in self._progress.items() if name in self.parents}
+        known = (*self.parents, *self.superpeers)
+        self._progress = {name: at for name, at in self._progress.items() if name in known}
 
     def order(self, now: float) -> list[str]:
         """Return whom a new ask would try, in order."""
@@ -120,6 +130,7 @@ class Chooser:
 
     def heard(self, ask: Ask, upstream: str, now: float, *, waiting: bool) -> None:
         """An upstream gave a sign of life: it waits for its own parent, or begins to send."""
+        self.health.heard(upstream, now)
         for a_try in ask.tries:
             if a_try.upstream == upstream and (a_try.waiting or waiting):
                 a_try.since = now
@@ -127,8 +138,8 @@ class Chooser:
                 if waiting:
                     if not a_try.waiting:
                         a_try.waiting_since = now
-                    most = a_try.waiting_since + self.settings.waiting_most
-                    a_try.due = min(a_try.due + self.settings.waiting, max(now, most))
+                    a_try.waits_until = a_try.waiting_since + self._waiting_most(ask, upstream, now)
+                    a_try.due = min(a_try.due + self.settings.waiting, max(now, a_try.waits_until))
                 a_try.waiting = waiting
         if ask.tries:
             ask.due = ask.tries[-1].due  # those asked before were due already when it was asked
@@ -141,6 +152,9 @@ class Chooser:
         self._open.pop(ask, None)
         others = []
         passed_over = True
+        at_once = any(
+            t.upstream == upstream and not t.waiting_since and now < self._due(ask, t) for t in ask.tries
+        )  # whoever has to wait for it himself shows nothing of others
         for a_try in ask.tries:
             self.health.ended(a_try.upstream)
             if a_try.upstream == upstream:
@@ -150,10 +164,12 @@ class Chooser:
                     self.health.happened(upstream, Event.ANSWERED, now)
                 continue
             others.append(a_try.upstream)
-            if passed_over and not a_try.waiting and now >= self._due(ask, a_try):
+            late = now >= a_try.waits_until and at_once if a_try.waiting else now >= self._due(ask, a_try)
+            if passed_over and late:
                 self.health.happened(a_try.upstream, Event.LATE, now)
         ask.tries = []
         self._progress[upstream] = now
+        self.health.heard(upstream, now)
         return others
 
     def failed(self, ask: Ask, upstream: str, now: float) -> str | None:
@@ -167,6 +183,10 @@ class Chooser:
     def busy(self, ask: Ask, upstream: str, now: float, retry_after: float) -> str | None:
         """`upstream` takes no more requests for so many seconds. Returns whom to ask now, if anybody."""
         self.health.busy(upstream, retry_after, now)
+        return self._gone(ask, upstream, None, now)
+
+    def lacks(self, ask: Ask, upstream: str, now: float) -> str | None:
+        """`upstream` will never have the run, or not give it to us: no fault. Returns whom to ask now, if anybody."""
         return self._gone(ask, upstream, None, now)
 
     def cancelled(self, ask: Ask) -> list[str]:
@@ -233,14 +253,21 @@ class Chooser:
 
     def _due(self, ask: Ask, a_try: Try) -> float:
         """Return when a try is late. One that stands in a queue is not, as long as the queue moves."""
-        moved = self._progress.get(a_try.upstream, 0.0)
+        moved = self.health.last_heard(a_try.upstream)  # for another blob, too: they share one queue to it
         return a_try.due if a_try.waiting or moved <= a_try.since else moved + self.health.patience(ask.size)
+
+    def _waiting_most(self, ask: Ask, upstream: str, now: float) -> float:
+        """Return for how many seconds an upstream may say that it waits."""
+        good = self.health.state(upstream, now) is State.GOOD
+        most = self.settings.waiting_most if good else self.settings.waiting_suspect
+        return most * _SOONER_A_HOP ** min(ask.hops, 8)
 
     def _give_up_silent(self, ask: Ask, now: float) -> None:
         """Count those as failing that have said nothing for several times what an answer takes, hedge or no hedge."""
         for a_try in ask.tries:
             if a_try.waiting:
-                silent = now >= a_try.since + self.settings.waiting + self.health.patience(ask.size)
+                heard = max(a_try.since, self.health.last_heard(a_try.upstream))
+                silent = now >= heard + self.settings.waiting + self.health.patience(ask.size)
             else:
                 longer = (_SILENT - 1) * self.health.patience(ask.size)
                 if a_try.upstream in self.superpeers:
@@ -270,7 +297,9 @@ class Chooser:
 
     def _late_again(self, ask: Ask, now: float) -> bool:
         """Leave peers that have lost a hedge before and are late again: no second hedge is needed to see it."""
-        suspects = [t.upstream for t in ask.tries if self.health.state(t.upstream, now) is State.SUSPECT]
+        suspects = [
+            t.upstream for t in ask.tries if not t.waiting and self.health.state(t.upstream, now) is State.SUSPECT
+        ]  # of one that waits only a hedge shows whether it should have had it
         for suspect in suspects:
             self.health.happened(suspect, Event.LATE, now)
         return len(suspects) == len(ask.tries)

@@ -95,6 +95,7 @@ class Health:
         self.settings = settings or Settings()
         self._trusted = frozenset(trusted)
         self._records: dict[str, _Record] = {}
+        self._heard: dict[str, float] = {}
         self._latency: dict[int, _Latency] = {}
         self._patience: dict[int, float] = {}
         self._reports: list[tuple[str, Fault]] = []
@@ -104,6 +105,18 @@ class Health:
     def __repr__(self) -> str:
         bad = {name: record.state.value for name, record in self._records.items() if record.state is not State.GOOD}
         return f"Health({bad})"
+
+    def trust(self, superpeers: Iterable[str]) -> None:
+        """Learn of more superpeers (see `trusted`)."""
+        self._trusted |= frozenset(superpeers)
+
+    def heard(self, peer: str, now: float) -> None:
+        """Something came from it, for whatever blob: bytes, or word that it waits."""
+        self._heard[peer] = now
+
+    def last_heard(self, peer: str) -> float:
+        """Return when something last came from it; 0 for never."""
+        return self._heard.get(peer, 0.0)
 
     # ── who may be asked ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -185,6 +198,7 @@ class Health:
         for peer in [p for p, r in self._records.items() if r.state is State.GOOD and not r.in_flight]:
             if peer not in kept:
                 del self._records[peer]
+                self._heard.pop(peer, None)
 
     def _dropped(self, record: _Record, now: float) -> None:
         longest = self.settings.dropped_most

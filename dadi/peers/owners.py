@@ -22,10 +22,5 @@ def owners(digest: str, superpeers: Iterable[str]) -> list[str]:
     return sorted(set(superpeers), key=lambda name: (-_weight(digest, name), name))
 
 
-def owner(digest: str, superpeers: Iterable[str]) -> str:
-    """Return the first of `owners`; raise ValueError if there are no superpeers."""
-    return max(sorted(set(superpeers)), key=lambda name: _weight(digest, name))
-
-
 def _weight(digest: str, name: str) -> int:
     return xxh3_64_intdigest(f"{digest}\0{name}".encode())

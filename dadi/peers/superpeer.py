@@ -1,29 +1,44 @@
 """The superpeer as a node sees it: resolve an image, get a whole small blob, be the source of chunks.
 
-`Upstream` is the contract; `SuperpeerClient` speaks HTTP to one or more superpeers, in order of the list; a node
-without a superpeer has one embedded behind the same contract (`dadi/node/daemon.py`).
+`Upstream` is the contract; `SuperpeerClient` speaks HTTP to one or more superpeers (`superpeers.py` says who is asked
+for what); a node without a superpeer has one embedded behind the same contract (`dadi/node/node.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, Protocol
+import contextlib
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import aiohttp
 import msgspec
 
 from dadi import digest as digests
 from dadi import http
-from dadi.blobs.first_of import FirstOf
 from dadi.blobs.remote import Remote
-from dadi.blobs.source import Source
+from dadi.blobs.source import Source, Urgency
 from dadi.blobs.verified import Verified
-from dadi.errors import DadiError, DigestMismatch, Malformed, TooLarge, Unavailable
+from dadi.errors import AccessDenied, DadiError, DigestMismatch, Malformed, TokenRefused, TooLarge, Unavailable
 from dadi.fallbacks import Fallbacks
+from dadi.index.chunks import Blob
+from dadi.oci.reference import Reference
+from dadi.peers.access import Access, Caller, FindCredentials, Refused
+from dadi.peers.health import State
+from dadi.peers.keys import Keys
+from dadi.peers.known_again import KnownAgain, Resolver
+from dadi.peers.superpeers import Resolver as NameResolver
+from dadi.peers.superpeers import Superpeers, addresses_of, most_hopeful
+from dadi.peers.tokens import Tokens
+from dadi.tls import Tls
 from dadi.wire import Event
 
 MAX_SMALL_BLOB = 1 << 30
+_MOST_TOLD = 1000
+
+T = TypeVar("T")
 
 
 class ImageAnswer(msgspec.Struct, frozen=True):
@@ -62,56 +77,151 @@ class Upstream(Protocol):
         ...
 
 
+class _Machine(msgspec.Struct):
+    """One superpeer: what was asked of it, verified."""
+
+    remote: Remote
+    verified: Verified
+
+
 class SuperpeerClient:
-    """The superpeers at `urls`, the first that answers."""
+    """The superpeers that are configured: each thing is asked of who is responsible for it, then of its stand-ins.
+
+    `superpeers` says who that is, and `session` is what they are asked by: the directory's client shares both.
+    """
 
     def __init__(self, urls: Sequence[str], fallbacks: Fallbacks, *, connect: float, read: float,
-                 compress: bool = True) -> None:  # fmt: skip
-        self._urls = [url.rstrip("/") for url in urls]
+                 compress: bool = True, tls: Tls | None = None, refresh: float = 30.0,
+                 resolver: NameResolver = addresses_of, tokens: Tokens | None = None,
+                 credentials: FindCredentials | None = None,
+                 refused: Refused = lambda reference, credentials: False,
+                 keys_file: Path | None = None) -> None:  # fmt: skip
+        """`tokens`: what the node holds, loaded by who made it; `credentials`: the node's own, for registries.
+
+        `refused` is told which of these a registry refuses, by what superpeers say; `keys_file` keeps their keys.
+        """
         self._fallbacks = fallbacks
-        self._session: aiohttp.ClientSession = http.client(connect=connect, read=read)
-        self._remotes = [Remote(url, self._session, compress=compress) for url in self._urls]
-        self._verified = [Verified(f"superpeer {remote.url}", remote) for remote in self._remotes]
-        self.source: Source = self._verified[0] if len(urls) == 1 else FirstOf(self._verified, fallbacks)
+        self._compress = compress
+        self.session: aiohttp.ClientSession = http.client(connect=connect, read=read, tls=tls)
+        self.superpeers = Superpeers(urls, fallbacks, refresh=refresh, resolver=resolver)
+        self._machines: dict[str, _Machine] = {}
+        self._told: OrderedDict[str, str] = OrderedDict()
+        """Image indexes, and which superpeer has told us of each: it has them."""
+        self.tokens = Tokens(fallbacks) if tokens is None else tokens
+        self.known_again = Resolver(self.resolve, self.tokens, fallbacks)
+        self.source: Source = KnownAgain(_Responsible(self), self.known_again)
+        self.access = Access(self.tokens, self.session, fallbacks, self.ask, credentials, refused)
+        self.keys = Keys(lambda: self.superpeers.names, self.access.fetch_keys, fallbacks, file=keys_file)
+        """What tokens of peers are checked with; started by who serves peers."""
 
     def __repr__(self) -> str:
-        return f"SuperpeerClient({', '.join(self._urls)})"
+        return f"SuperpeerClient({self.superpeers!r})"
+
+    def machine(self, url: str) -> Verified:
+        """Return one superpeer as a source of verified chunks."""
+        return self._machine(url).verified
+
+    def _machine(self, url: str) -> _Machine:
+        machine = self._machines.get(url)
+        if machine is None:
+            remote = Remote(url, self.session, compress=self._compress, tokens=self.tokens)
+            machine = self._machines[url] = _Machine(remote, Verified(f"superpeer {url}", remote))
+            for gone in [name for name in self._machines if name != url and name not in self.superpeers.names]:
+                del self._machines[gone]
+        return machine
 
     async def resolve(self, reference: str, platform: str) -> AsyncIterator[Event]:
         """See `Upstream`."""
-        parameters = {"reference": reference, "platform": platform}
-        for place, url in enumerate(self._urls):
+        caller = await self.access.caller(reference)
+        while True:
             try:
-                async with http.request(
-                    self._session, "GET", f"{url}/v1/images", f"resolving {reference}", params=parameters
-                ) as response:
-                    async for event in http.events(response):
+                async with contextlib.aclosing(self._resolve_as(caller, reference, platform)) as events:
+                    async for event in events:
                         yield event
+                return
+            except AccessDenied as error:
+                caller = await self.access.instead(caller, error)
+
+    async def _resolve_as(self, caller: Caller, reference: str, platform: str) -> AsyncGenerator[Event]:
+        parameters = {"reference": reference, "platform": platform}
+        errors: list[DadiError] = []
+        urls = await self._to_ask(_canonical(reference))
+        for place, url in enumerate(urls):
+            try:
+                async with (
+                    self.superpeers.asking(url),
+                    http.request(
+                        self.session, "GET", f"{url}/v1/images", f"resolving {reference}", params=parameters,
+                        headers=caller.headers,
+                    ) as response,
+                ):
+                    async for event in http.events(response):
                         if event.get("event") == "image":
+                            self._remember(event, url)
+                            await self.access.learn(event)
+                            yield event
                             return
+                        yield event
                 raise Unavailable(f"{url} did not say what {reference} is")
             except Unavailable as error:
-                if place + 1 == len(self._urls):
-                    raise
-                self._fallbacks.note("superpeer passed over", f"{url}: {error.message}")
+                errors.append(error)
+                if place + 1 < len(urls):
+                    self.superpeers.passed_over(url, error)
+        raise most_hopeful(errors)
+
+    def _remember(self, event: Event, url: str) -> None:
+        self._told[str(event.get("index_digest"))] = url
+        while len(self._told) > _MOST_TOLD:
+            self._told.popitem(last=False)
 
     async def whole(self, digest: str, size: int) -> bytes:
         """See `Upstream`."""
         if size > MAX_SMALL_BLOB:
             raise TooLarge(f"{digest} is said to have {size} bytes; the limit is {MAX_SMALL_BLOB}")
+
+        async def from_one(url: str) -> bytes:
+            return await self._whole_from(url, digest, size)
+
+        return await self.known_again.tried(digest, lambda: self.ask(digest, from_one))
+
+    async def ask(self, digest: str, one: Callable[[str], Awaitable[T]]) -> T:
+        """Return what `one` gives for the first superpeer that can, of those that may have the blob.
+
+        Raises the most hopeful of their errors.
+        """
         errors: list[DadiError] = []
-        for place, url in enumerate(self._urls):
+        urls = await self._to_ask(digest)
+        for place, url in enumerate(urls):
             try:
-                return await self._whole_from(url, digest, size)
+                async with self.superpeers.asking(url):
+                    return await one(url)
             except DadiError as error:
                 errors.append(error)
-                if place + 1 < len(self._urls):
-                    self._fallbacks.note("superpeer passed over", f"{url}: {error.message}")
-        raise next((error for error in errors if error.retryable), errors[-1])
+                if place + 1 < len(urls):
+                    self.superpeers.passed_over(url, error)
+        raise most_hopeful(errors)
+
+    async def _to_ask(self, key: str) -> list[str]:
+        await self.superpeers.ready()
+        urls = self.superpeers.to_ask(key)
+        told = self._told.get(key)
+        if told in urls and self.superpeers.state(told) == State.GOOD.value:
+            urls.remove(told)
+            urls.insert(0, told)
+        return urls
 
     async def _whole_from(self, url: str, digest: str, size: int) -> bytes:
+        shown = self.tokens.text(digest)
+        try:
+            return await self._whole_with(url, digest, size, self.tokens.headers(digest))
+        except TokenRefused:
+            if not await self.tokens.renewed(digest, shown):
+                raise
+        return await self._whole_with(url, digest, size, self.tokens.headers(digest))
+
+    async def _whole_with(self, url: str, digest: str, size: int, headers: dict[str, str]) -> bytes:
         where = f"{url}/v1/blobs/{digest}"
-        async with http.request(self._session, "GET", where, "reading an index") as response:
+        async with http.request(self.session, "GET", where, "reading an index", headers=headers) as response:
             data = bytearray()
             async for piece in response.content.iter_any():
                 data += piece
@@ -124,14 +234,44 @@ class SuperpeerClient:
     def statistics(self) -> list[dict[str, Any]]:
         """See `Upstream`."""
         return [
-            {"name": v.name, "bytes": v.bytes, "wire_bytes": remote.wire_bytes, "requests": remote.requests,
-             "wrong": v.wrong}
-            for v, remote in zip(self._verified, self._remotes, strict=True)
+            {"name": m.verified.name, "bytes": m.verified.bytes, "wire_bytes": m.remote.wire_bytes,
+             "requests": m.remote.requests, "wrong": m.verified.wrong, "state": self.superpeers.state(name)}
+            for name in self.superpeers.names for m in [self._machine(name)]
         ]  # fmt: skip
 
     async def close(self) -> None:
         """See `Upstream`."""
-        await self._session.close()
+        await self.known_again.close()
+        await self.keys.close()
+        await self.tokens.close()
+        await self.superpeers.close()
+        await self.session.close()
+
+
+class _Responsible:
+    """The source over all superpeers; see `SuperpeerClient`."""
+
+    def __init__(self, client: SuperpeerClient) -> None:
+        self._client = client
+
+    def __repr__(self) -> str:
+        return f"Responsible({self._client.superpeers!r})"
+
+    async def read(self, blob: Blob, chunks: range, urgency: Urgency = Urgency.DEMAND) -> list[bytes]:
+        """Return the run from the blob's superpeer, or from who stands in for it."""
+
+        async def from_one(url: str) -> list[bytes]:
+            return await self._client.machine(url).read(blob, chunks, urgency)
+
+        return await self._client.ask(blob.digest, from_one)
+
+
+def _canonical(reference: str) -> str:
+    """Return what everybody calls an image, however it was written; what is no reference as it is."""
+    try:
+        return str(Reference.parse(reference))
+    except DadiError:
+        return reference
 
 
 def image_answer(event: Event) -> ImageAnswer:

@@ -21,6 +21,7 @@ class FakeFile:
         self.path, chunk = path, 1 << chunk_shift
         count = -(-len(content) // chunk)
         self.present = bytearray(int(present is None or index in present) for index in range(count))
+        self.touched = bytearray(count)
         self.asked: list[tuple[int, int]] = []
         self.arrivals = asyncio.Semaphore(0)
         self.go = asyncio.Event()

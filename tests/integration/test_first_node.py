@@ -71,7 +71,9 @@ async def test_the_registry_gives_each_byte_of_the_image_once(tmp_path: Path, ki
             source = RegistryImage(publisher, Reference.parse(plain))
             await convert_image(source, RegistryTarget(publisher, reference, ""), level=3)
         await publisher.close()
-        async with running(tmp_path / "superpeer", registry.host, indexing=IndexingConfig(rest_after=0.2)) as run:
+        async with running(
+            tmp_path / "superpeer", registry.host, indexing=IndexingConfig(rest_after=0.2), authorization="open"
+        ) as run:
             before = registry.access_log()
             index = await run.index(name)
             assert index.origin == (REFERRER if kind == "indexed" else CONVERTED)

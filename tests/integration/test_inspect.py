@@ -21,7 +21,7 @@ from dadi.index import signature
 from dadi.index.artifact import ORIGIN_CONVERT, Artifact
 from dadi.index.image import ImageIndex
 from dadi.node import control
-from dadi.node.config import BackfillConfig, NodeConfig
+from dadi.node.config import BackfillConfig, NodeConfig, PeersConfig
 from dadi.node.node import Node
 from dadi.oci import media_types
 from tests.fakes import indexed
@@ -62,7 +62,7 @@ async def inspected(
     async with superpeer(directory, registry, **indexing) as run:
         config = NodeConfig(
             state=str(directory / "node" / "state"), run=str(directory / "node" / "run"), superpeers=(run.url,),
-            backfill=BackfillConfig(enabled=False), platform=PLATFORM,
+            backfill=BackfillConfig(enabled=False), platform=PLATFORM, peers=PeersConfig(listen="127.0.0.1:0"),
         )  # fmt: skip
         node = await Node.start(config)
         try:

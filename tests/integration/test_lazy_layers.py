@@ -94,7 +94,8 @@ async def test_every_chunk_read_in_any_order_costs_one_copy_of_the_layer(
     tmp_path: Path, registry: FakeRegistry, tars: list[bytes]
 ) -> None:
     image = await indexed.add(registry, "team/app", tars, tmp_path)
-    async with superpeer(tmp_path, registry) as run:
+    quiet = IndexingConfig(chunk_size=CHUNK, rest_after=NEVER)
+    async with running(tmp_path / "superpeer", registry.host, indexing=quiet, authorization="open") as run:
         index = await run.index(image.reference)
         layer = index.layers[0]
         order = random.Random(5).sample(range(layer.table.count), layer.table.count)

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from dadi import http
 from dadi.blobs.remote import Remote
-from dadi.errors import AccessDenied, DadiError, DigestMismatch, NotFound, Unavailable
+from dadi.errors import AccessDenied, ConfigError, Conflict, DadiError, DigestMismatch, NotFound, Unavailable
 from dadi.index.chunks import blob_of
 from tests.contracts.store import C, content, parts_of
 
@@ -104,6 +104,29 @@ async def test_a_server_that_stops_in_the_middle_is_an_error_in_time(serve) -> N
     remote = await serve(handle)
     with pytest.raises(Unavailable, match="in time"):
         await remote.read(BLOB, range(1, 3))
+
+
+@pytest.mark.parametrize("status", [302, 403, 404, 418])
+async def test_another_program_at_the_port_is_somebody_who_is_away(serve, status: int) -> None:
+    remote = await serve(answer(b"it works", "", status, Location="/index.html"))
+    with pytest.raises(Unavailable, match=str(status)) as caught:
+        await remote.read(BLOB, range(1, 3))
+    assert "is it dadi" in (caught.value.hint or "")
+
+
+async def test_a_server_says_an_address_at_which_it_can_be_asked_also_for_ipv6() -> None:
+    app = http.application()
+    app.router.add_get("/v1/blobs/{digest}", answer(RIGHT, SAID))
+    try:
+        runner, address = await http.serve_tcp(app, "[::1]:0")
+    except (ConfigError, Conflict):
+        pytest.skip("no IPv6 here")
+    session = http.client(connect=1, read=0.5)
+    try:
+        assert await Remote(f"http://{address}", session).read(BLOB, range(1, 3)) == [RIGHT[:C], RIGHT[C:]]
+    finally:
+        await session.close()
+        await runner.cleanup()
 
 
 async def test_nobody_there_is_said_with_the_address() -> None:

@@ -33,7 +33,7 @@ def layers(registry: FakeRegistry) -> list[bytes]:
 
 
 async def test_ranges_are_exact(tmp_path: Path, registry: FakeRegistry, layers: list[bytes]) -> None:
-    async with running(tmp_path, registry.host) as run, aiohttp.ClientSession() as session:
+    async with running(tmp_path, registry.host, authorization="open") as run, aiohttp.ClientSession() as session:
         index = await run.index(f"{registry.host}/team/app:1")
         url = f"{run.url}/v1/blobs/{index.layers[0].diff_id}"
         size = len(layers[0])
@@ -56,7 +56,7 @@ async def test_ranges_are_exact(tmp_path: Path, registry: FakeRegistry, layers: 
 async def test_a_range_that_makes_no_sense_is_refused(
     tmp_path: Path, registry: FakeRegistry, layers: list[bytes], value: str
 ) -> None:
-    async with running(tmp_path, registry.host) as run, aiohttp.ClientSession() as session:
+    async with running(tmp_path, registry.host, authorization="open") as run, aiohttp.ClientSession() as session:
         index = await run.index(f"{registry.host}/team/app:1")
         url = f"{run.url}/v1/blobs/{index.layers[0].diff_id}"
         async with session.get(url, headers={"Range": value}) as response:
@@ -75,7 +75,7 @@ async def test_a_range_that_makes_no_sense_is_refused(
     ],
 )
 async def test_hostile_paths_are_refused(tmp_path: Path, registry: FakeRegistry, path: str, code: int) -> None:
-    async with running(tmp_path, registry.host) as run, aiohttp.ClientSession() as session:
+    async with running(tmp_path, registry.host, authorization="open") as run, aiohttp.ClientSession() as session:
         async with session.get(run.url + path) as response:
             assert response.status == code
 
@@ -83,7 +83,10 @@ async def test_hostile_paths_are_refused(tmp_path: Path, registry: FakeRegistry,
 async def test_ranges_go_compressed_where_that_pays_and_both_sides_want_it(
     tmp_path: Path, registry: FakeRegistry, layers: list[bytes]
 ) -> None:
-    async with running(tmp_path, registry.host) as run, aiohttp.ClientSession(auto_decompress=False) as session:
+    async with (
+        running(tmp_path, registry.host, authorization="open") as run,
+        aiohttp.ClientSession(auto_decompress=False) as session,
+    ):
         index = await run.index(f"{registry.host}/team/app:1")
         url = f"{run.url}/v1/blobs/{index.layers[0].diff_id}"
         asked = {"Range": "bytes=100-49000", "Accept-Encoding": "zstd"}
@@ -101,7 +104,10 @@ async def test_ranges_go_compressed_where_that_pays_and_both_sides_want_it(
 async def test_what_does_not_compress_goes_as_it_is(tmp_path: Path, registry: FakeRegistry) -> None:
     noise = tar_of(a=content(60_000))
     registry.add_image("team/noise", "1", [noise])
-    async with running(tmp_path, registry.host) as run, aiohttp.ClientSession(auto_decompress=False) as session:
+    async with (
+        running(tmp_path, registry.host, authorization="open") as run,
+        aiohttp.ClientSession(auto_decompress=False) as session,
+    ):
         index = await run.index(f"{registry.host}/team/noise:1")
         url = f"{run.url}/v1/blobs/{index.layers[0].diff_id}"
         for _ in range(2):

@@ -10,6 +10,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from dadi import digest as digests
 from dadi.errors import (
     AccessDenied,
     DadiError,
@@ -278,10 +279,78 @@ async def test_the_oldest_references_are_forgotten_and_let_go_of(tmp_path: Path,
         assert run.superpeer.store.statistics()["held"] == 6, "index, layer index and metadata of two images"
 
 
+async def test_what_is_read_and_renewed_outlives_what_is_only_asked_for(
+    tmp_path: Path, registry: FakeRegistry, layers: list[bytes]
+) -> None:
+    async with running(tmp_path, registry.host, most_images=4) as run:
+        reference = f"{registry.host}/team/app:1"
+        index = await run.index(reference)
+        (held,) = run.client.tokens._images.values()
+        for number in range(12):
+            if number % 2:
+                await run.client.source.read(index.layers[0].blob, range(1))
+            else:
+                await run.client.access.renew(held.image)
+            registry.add_image("any/app", str(number), [tar_of(a=b"%d" % number)])
+            await run.image(f"{registry.host}/any/app:{number}")
+        assert run.superpeer.catalog.find(reference, PLATFORM) is not None
+
+
+async def test_the_tags_of_an_image_in_use_do_not_all_stay_for_that(
+    tmp_path: Path, registry: FakeRegistry, layers: list[bytes]
+) -> None:
+    async with running(tmp_path, registry.host, most_images=4) as run:
+        await run.image(f"{registry.host}/team/app:1")
+        registry.add_image("any/app", "0", [tar_of(a=b"a")])
+        index = await run.index(f"{registry.host}/any/app:0")
+        for number in range(1, 8):
+            registry.add_image("any/app", str(number), [tar_of(a=b"a")])
+            await run.image(f"{registry.host}/any/app:{number}")
+            await run.client.source.read(index.layers[0].blob, range(1))
+            run.superpeer.catalog.find(f"{registry.host}/team/app:1", PLATFORM)
+        names = [record.reference.partition("/")[2] for record in run.superpeer.catalog.records()]
+        assert sorted(names) == ["any/app:5", "any/app:6", "any/app:7", "team/app:1"]
+
+
+async def test_an_image_that_the_superpeer_forgot_is_resolved_again_by_who_runs_it(
+    tmp_path: Path, registry: FakeRegistry, layers: list[bytes]
+) -> None:
+    async with running(tmp_path, registry.host) as run:
+        index = await run.index(f"{registry.host}/team/app:1")
+        (record,) = run.superpeer.catalog.records()
+        for layer in index.layers:
+            await run.superpeer.store.remove(layer.diff_id)
+        await run.superpeer.catalog.forget(record)
+        blobs = [layer.blob for layer in index.layers]
+        reads = (run.client.source.read(blob, range(blob.table.count)) for blob in (*blobs, *blobs))
+        parts = await asyncio.gather(*reads)
+        assert [digests.of(b"".join(part)) for part in parts[: len(blobs)]] == [blob.digest for blob in blobs]
+        assert len(run.superpeer.catalog.records()) == 1
+        noted = {row["kind"]: row["count"] for row in run.fallbacks.statistics()}
+        assert noted["image forgotten by superpeers, resolved again"] == 1, "whoever waits, waits for the same answer"
+
+
+async def test_what_the_registry_has_lost_too_is_not_resolved_for_each_read(
+    tmp_path: Path, registry: FakeRegistry, layers: list[bytes]
+) -> None:
+    async with running(tmp_path, registry.host) as run:
+        index = await run.index(f"{registry.host}/team/app:1")
+        (record,) = run.superpeer.catalog.records()
+        await run.superpeer.store.remove(index.layers[0].diff_id)
+        await run.superpeer.catalog.forget(record)
+        registry.script("/manifests/", *[status(404)] * 99)
+        for _ in range(3):
+            with pytest.raises(NotFound):
+                await run.client.source.read(index.layers[0].blob, range(1))
+        noted = {row["kind"]: row["count"] for row in run.fallbacks.statistics()}
+        assert noted["image forgotten by superpeers, resolved again"] == 1
+
+
 async def test_what_one_superpeer_does_not_know_another_is_asked_for(
     tmp_path: Path, registry: FakeRegistry, layers: list[bytes]
 ) -> None:
-    async with running(tmp_path / "a", registry.host) as empty, running(tmp_path / "b", registry.host) as full:
+    both = [running(tmp_path / name, registry.host, authorization="open") for name in "ab"]
+    async with both[0] as empty, both[1] as full:
         answer = await full.image(f"{registry.host}/team/app:1")
         client = SuperpeerClient([empty.url, full.url], Fallbacks(), connect=3, read=10)
         try:

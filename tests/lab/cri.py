@@ -36,18 +36,23 @@ _PAUSE = {
 
 
 class Cri:
-    """The CRI services behind containerd's socket; use it as a context manager. All methods raise LabFailed."""
+    """The CRI services behind containerd's socket; use it as a context manager. All methods raise LabFailed.
 
-    def __init__(self, socket: Path) -> None:
+    `images`: the socket for the image service, if that is another one (kubelet's --image-service-endpoint).
+    """
+
+    def __init__(self, socket: Path, images: Path | None = None) -> None:
         self._channel = grpc.insecure_channel(f"unix:{socket}", options=[("grpc.enable_http_proxy", 0)])
+        self._other = grpc.insecure_channel(f"unix:{images or socket}", options=[("grpc.enable_http_proxy", 0)])
         self._runtime = cri_pb2_grpc.RuntimeServiceStub(self._channel)
-        self._images = cri_pb2_grpc.ImageServiceStub(self._channel)
+        self._images = cri_pb2_grpc.ImageServiceStub(self._other)
 
     def __enter__(self) -> Cri:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._channel.close()
+        self._other.close()
 
     def conditions(self) -> dict[str, bool]:
         """Return what the runtime says of itself: RuntimeReady, NetworkReady."""
@@ -56,9 +61,10 @@ class Cri:
 
     # ---- images
 
-    def pull(self, image: str, pod: Any = None) -> str:
-        """Pull an image (for a pod of this configuration); return its ID."""
-        request = pb.PullImageRequest(image=pb.ImageSpec(image=image), sandbox_config=pod)
+    def pull(self, image: str, pod: Any = None, auth: Mapping[str, str] | None = None) -> str:
+        """Pull an image (for a pod of this configuration, with a pull secret: fields of AuthConfig); return its ID."""
+        secret = pb.AuthConfig(**auth) if auth else None
+        request = pb.PullImageRequest(image=pb.ImageSpec(image=image), auth=secret, sandbox_config=pod)
         return str(_call(self._images.PullImage, request).image_ref)
 
     def image(self, image: str) -> Any:

@@ -184,6 +184,11 @@ class Superpeer(Process):
         return value
 
 
+def _any_port(host: Host | None) -> str:
+    """Return the section by which several nodes can serve each other on one machine."""
+    return f'[peers]\nlisten = "{"0.0.0.0" if host else "127.0.0.1"}:0"\n'
+
+
 class Node(Process):
     """`dadi-node` on `host` (or on this machine), with the superpeers at `superpeers` (none: it embeds one).
 
@@ -210,7 +215,7 @@ class Node(Process):
         file = self.directory / "node.toml"
         file.write_text(
             f'state = "{self.state}"\nrun = "{self.socket.parent}"\nsuperpeers = {json.dumps(list(superpeers))}\n'
-            f"log_json = true\n{options}\n{sections}\n"
+            f"log_json = true\n{options}\n{sections}\n{'' if '[peers]' in sections else _any_port(host)}"
         )
         command = [sys.executable, "-m", "dadi.node", "--config", str(file)]
         super().__init__(lab, name, command, host=host, environment=environment)

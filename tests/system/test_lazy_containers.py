@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -32,6 +33,24 @@ pytestmark = [
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT = 60
 WAIT = "import time; open('/tmp/f', 'w').write('written'); time.sleep(1000)"
+READ_ALL = """
+import hashlib, os, time
+files = sorted(os.path.join(d, n) for d, _, ns in os.walk(os.path.dirname(os.__file__)) for n in ns
+               if not n.endswith(".pyc"))
+PROGRESS = os.open("/tmp/progress", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+while True:
+    digest = hashlib.sha256()
+    for name in files:
+        try:
+            with open(name, "rb", 0) as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                digest.update(file.read())
+        except OSError as error:
+            open("/tmp/failed", "a").write(f"{name}: {error}\\n")
+        os.write(PROGRESS, b".")
+        time.sleep(0.002)
+    open("/tmp/rounds", "a").write(f"{len(files)} {digest.hexdigest()}\\n")
+"""
 NAMESPACE = f"lazy-{os.getpid()}"
 
 
@@ -113,11 +132,11 @@ class Machine:
             raise LabFailed(f"dadi pull: {done.stderr}\n{self.node.tail()}\n{self.containerd.tail()}")
         return done.stdout
 
-    def run(self, name: str, *command: str) -> str:
-        """Run a container; with a command in the foreground, without one it waits."""
+    def run(self, name: str, *command: str, program: str = WAIT) -> str:
+        """Run a container; with a command in the foreground, without one it stays there with a Python program."""
         mark = [f"--env={key}={self.lab.environment[key]}" for key in ("DADI_LAB", "DADI_LAB_ROOT")]
         how = ["--rm"] if command else ["--detach", "--null-io"]
-        told = command or (self.image.command[0], "-c", WAIT)
+        told = command or (self.image.command[0], "-c", program)
         return self.containerd.ctr("run", *how, *mark, f"--runc-root={self.lab.root / 'runc'}", "--snapshotter", "dadi",
                                    self.reference, name, *told).stdout  # fmt: skip
 
@@ -261,3 +280,43 @@ def test_local_images_and_their_containers_live_through_restarts_without_the_reg
     assert machine.run("c3", "cat", "/var/log/second") == "in a fresh directory\n"
     machine.remove_image()
     wait_until(lambda: machine.mounts() == [])
+
+
+def test_a_container_on_a_lazy_image_does_not_notice_that_the_node_stops_and_is_killed(
+    lab: Lab, registry: DockerRegistry
+) -> None:
+    machine = Machine(lab, registry, backfill=False)
+    machine.pull()
+    machine.run("c1", program=READ_ALL)
+
+    def wrote(name: str) -> str:
+        found = list((machine.node.state / "snapshotter/snapshots").glob(f"*/fs/tmp/{name}"))
+        return found[0].read_text() if found else ""
+
+    def goes_on(files: int = 20) -> None:
+        before = len(wrote("progress"))
+        wait_until(lambda: len(wrote("progress")) > before + files)
+
+    goes_on()
+    mounts = machine.mounts()
+    assert [mount["state"] for mount in machine.node.status()["mounts"]] == ["lazy"]
+    for how in ("stop", "kill", "stop", "kill"):
+        if how == "stop":
+            assert machine.node.stop() == 0
+        else:
+            machine.node.signal(signal.SIGKILL)
+        time.sleep(0.3)  # the container's reads find nobody
+        machine.start_node_again()
+        goes_on()
+        assert machine.mounts() == mounts, "not unmounted, not made twice"
+        status = machine.node.status()
+        assert status["taken_over"]["mounts"] == 1
+        assert [mount["state"] for mount in status["mounts"]] == ["lazy"]
+        assert machine.containerd.ctr("task", "exec", "--exec-id", f"e{time.time()}", "c1", "ls", "/").returncode == 0
+    wait_until(lambda: wrote("rounds").count("\n") >= 2)
+    assert wrote("failed") == ""
+    assert len(set(wrote("rounds").splitlines())) == 1, "the same bytes, before, after and in between"
+    machine.end("c1")
+    machine.remove_image()
+    wait_until(lambda: machine.mounts() == [])
+    assert machine.node.stop() == 0

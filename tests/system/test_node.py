@@ -2,6 +2,7 @@
 
 The node runs in the test's own loop, so files of a mount are read in threads (their own: a read may hang, and must not
 take a thread that the node needs). The registry is the fake, so that tests can take it, or the superpeer, away.
+Longer than 400 lines: one node, from its first mount to its bad days.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import pytest
 
 from dadi.errors import Conflict, DadiError, NotFound, Unavailable
 from dadi.node import kernel, mounts
-from dadi.node.config import BackfillConfig, NodeConfig, ReadConfig, StoreConfig
+from dadi.node.config import BackfillConfig, NodeConfig, PeersConfig, ReadConfig, StoreConfig
 from dadi.node.node import Node
 from dadi.oci.config import RegistryConfig
 from tests.fakes.registry import FakeRegistry
@@ -66,6 +67,7 @@ def nothing_stays_mounted(tmp_path: Path) -> Any:
 async def node_of(directory: Path, *urls: str, **options: Any) -> AsyncIterator[Node]:
     options.setdefault("backfill", LAZY)
     options.setdefault("unmount_on_stop", True)
+    options.setdefault("peers", PeersConfig(listen="127.0.0.1:0"))
     config = NodeConfig(
         state=str(directory / "node" / "state"), run=str(directory / "node" / "run"), superpeers=tuple(urls), **options
     )
@@ -163,20 +165,45 @@ async def test_what_is_local_is_attached_locally_at_once(
             assert node.session.statistics()["files"] == 0
 
 
-async def test_a_stopped_node_unmounts_what_is_lazy_and_mounts_it_again_without_losing_a_chunk(
+async def test_a_node_that_is_told_to_unmounts_what_is_lazy_and_mounts_it_again_without_losing_a_chunk(
     tmp_path: Path, registry: FakeRegistry, target: Path
 ) -> None:
     async with running(tmp_path / "superpeer", registry.host) as run:
-        async with node_of(tmp_path, run.url, unmount_on_stop=False) as node:
+        async with node_of(tmp_path, run.url, unmount_on_stop=True) as node:
             await mounted(node, f"{registry.host}/team/app:1", target)
             await read(target / "big.bin")
             fetched = node.statistics()["bytes"]["fetched"]
         assert not await in_thread(lambda: kernel.is_mounted(target))
         async with node_of(tmp_path, run.url) as again:
+            assert again.statistics()["taken_over"] == {"mounts": 0, "devices": 0}
             assert again.statistics()["mounts"][0]["state"] == "lazy"
             assert await read(target / "big.bin") == BIG
             assert again.statistics()["bytes"]["fetched"] == 0
             assert fetched > len(BIG)
+
+
+async def test_reads_of_a_lazy_image_wait_while_the_node_is_stopped_and_go_on_with_the_next(
+    tmp_path: Path, registry: FakeRegistry, target: Path
+) -> None:
+    async with running(tmp_path / "superpeer", registry.host) as run:
+        async with node_of(tmp_path, run.url, unmount_on_stop=False) as node:
+            row = await mounted(node, f"{registry.host}/team/app:1", target)
+            assert await read(target / "small.txt") == b"hello\n"
+            fetched = node.statistics()["bytes"]["fetched"]
+        assert await in_thread(lambda: kernel.is_mounted(target))
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        readers = [asyncio.create_task(read(target / name)) for name in ("small.txt", "big.bin", "app.py")]
+        done, _ = await asyncio.wait(readers, timeout=0.5)
+        assert not done, "neither what is here nor what is missing is answered, or fails"
+        async with node_of(tmp_path, run.url) as again:
+            assert await asyncio.gather(*readers) == [b"hello\n", BIG, b"print('hi')\n" * 1000]
+            assert again.statistics()["taken_over"] == {"mounts": 1, "devices": 2}
+            assert [d["device"] for d in again.statistics()["mounts"][0]["devices"]] == [
+                d["device"] for d in row["devices"]
+            ], "adopted, not made again"
+            assert again.statistics()["bytes"]["fetched"] < row["bytes"] - fetched + 2 * CHUNK, "nothing came twice"
+            assert again.fallbacks.statistics() == []
+        assert loops_below(tmp_path) == []
 
 
 async def test_images_that_share_a_layer_share_its_device_and_chunks(

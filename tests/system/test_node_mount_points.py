@@ -7,13 +7,15 @@ import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from dadi.errors import Conflict, NotFound
 from dadi.node import control, kernel
+from dadi.node.records import MountRecord
 from tests.fakes.registry import FakeRegistry
 from tests.lab.services import running, tar_of
-from tests.system.test_node import in_thread, loops_below, mounted, node_of, nothing_stays_mounted, read
+from tests.system.test_node import in_thread, loops_below, mounted, node_of, nothing_stays_mounted, read, until
 
 __all__ = ["nothing_stays_mounted"]
 pytestmark = pytest.mark.root
@@ -143,3 +145,61 @@ async def test_umount_does_not_take_a_containers_image_away_unless_forced(
             assert (await client.delete("/v1/mounts", params={"directory": directory, "force": "1"})).status == 200
         with pytest.raises(NotFound):
             await node.mounts.unmount(directory)
+
+
+async def lose(node_directory: Path) -> None:
+    """Change the one record so that what stands can be neither adopted nor made anew: its index is nowhere."""
+    (file,) = (node_directory / "state/mounts").glob("*.json")
+    record = msgspec.json.decode(file.read_bytes(), type=MountRecord)
+    answer = msgspec.structs.replace(record.answer, index_digest="sha256:" + "0" * 64)
+    file.write_bytes(msgspec.json.encode(msgspec.structs.replace(record, answer=answer)))
+
+
+@pytest.mark.parametrize("force", [False, True])
+async def test_a_lost_mount_that_still_stands_is_unmounted_before_it_is_forgotten(
+    tmp_path: Path, registry: FakeRegistry, force: bool
+) -> None:
+    directory = tmp_path / "mnt"
+    directory.mkdir()
+    async with running(tmp_path / "superpeer", registry.host) as run:
+        async with node_of(tmp_path, run.url, unmount_on_stop=False) as node:
+            await mounted(node, f"{registry.host}/team/app:1", directory)
+        await lose(tmp_path / "node")
+        async with node_of(tmp_path, run.url) as node:
+            assert [row["state"] for row in node.statistics()["mounts"]] == ["lost"]
+            assert await in_thread(lambda: kernel.is_mounted(directory)), "it stands all the same"
+            user = await in_thread(lambda: os.open(directory, os.O_RDONLY | os.O_DIRECTORY))
+            if not force:
+                with pytest.raises(Conflict, match="in use"):
+                    await node.mounts.unmount(str(directory))
+                assert [row["state"] for row in node.statistics()["mounts"]] == ["lost"], "and not forgotten"
+                os.close(user)
+            await node.mounts.unmount(str(directory), force=force)
+            if force:
+                os.close(user)
+            assert node.statistics()["mounts"] == []
+            assert not await in_thread(lambda: kernel.is_mounted(directory))
+            assert list((tmp_path / "node/state/mounts").iterdir()) == []
+            await until(lambda: loops_below(tmp_path) == [])
+
+
+async def test_an_image_is_mounted_instead_of_a_lost_one_and_not_on_top_of_it(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    directory = tmp_path / "mnt"
+    directory.mkdir()
+    registry.add_image("team/other", "1", [tar_of(c=b"c")])
+    async with running(tmp_path / "superpeer", registry.host) as run:
+        async with node_of(tmp_path, run.url, unmount_on_stop=False) as node:
+            await mounted(node, f"{registry.host}/team/app:1", directory)
+        await lose(tmp_path / "node")
+        async with node_of(tmp_path, run.url) as node:
+            await mounted(node, f"{registry.host}/team/other:1", directory)
+            there = [mount.target for mount in await in_thread(kernel.mounts)]
+            assert there.count(str(directory)) == 1
+            assert [row["state"] for row in node.statistics()["mounts"]] == ["lazy"]
+            assert await read(directory / "c") == b"c"
+            devices = {row["device"] for row in node.statistics()["mounts"][0]["devices"]}
+            await until(lambda: len(loops_below(tmp_path)) == len(devices))
+            await node.mounts.unmount(str(directory))
+        assert loops_below(tmp_path) == []

@@ -116,7 +116,7 @@ def test_a_real_image_starts_lazily_equals_its_unpack_and_becomes_local(site: Si
     assert os.listdir(target) == []
 
 
-def test_a_node_that_was_killed_mounts_its_lazy_images_again_and_keeps_their_chunks(site: Site, image: Image) -> None:
+def test_a_node_that_was_killed_goes_on_with_its_lazy_images_and_keeps_their_chunks(site: Site, image: Image) -> None:
     node, target = site.node(NEVER), site.directory()
     node.dadi("mount", site.reference, str(target))
     with program(image, target):
@@ -124,6 +124,7 @@ def test_a_node_that_was_killed_mounts_its_lazy_images_again_and_keeps_their_chu
     before = node.status()["sources"][0]["bytes"]
     node.kill()
     again = site.node(NEVER)
+    assert again.status()["taken_over"]["mounts"] == 1
     assert state(again) == "lazy"
     with program(image, target) as line:
         assert line == image.facts["first_line"]
@@ -246,8 +247,8 @@ def test_doctor_finds_this_machine_fit() -> None:
     assert {"name", "ok", "detail", "hint"} == set(rows[0])
 
 
-def test_a_clean_stop_leaves_no_mount_but_local_ones_and_no_process(site: Site) -> None:
-    node, target = site.node(NEVER), site.directory()
+def test_a_stop_that_is_to_unmount_leaves_no_mount_and_no_process(site: Site) -> None:
+    node, target = site.node(NEVER, options="unmount_on_stop = true"), site.directory()
     node.dadi("mount", site.reference, str(target))
     node.signal(signal.SIGTERM)
     until(lambda: not node.alive)
@@ -255,3 +256,4 @@ def test_a_clean_stop_leaves_no_mount_but_local_ones_and_no_process(site: Site) 
     assert str(target) not in mounts
     assert str(node.directory) not in mounts
     assert [backing for backing in loops().values() if str(node.directory) in backing] == []
+    until(lambda: not (node.socket.parent / "keeper.sock").exists())

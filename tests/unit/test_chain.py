@@ -12,10 +12,11 @@ from dadi.blobs.kept import Kept
 from dadi.blobs.memory import MemoryBlobs
 from dadi.blobs.patient import Patient
 from dadi.blobs.single_flight import SingleFlight, runs
+from dadi.blobs.source import Urgency
 from dadi.blobs.verified import Verified
 from dadi.errors import AccessDenied, DigestMismatch, InvalidRequest, NotFound, StoreFull, Unavailable
 from dadi.fallbacks import Fallbacks
-from dadi.index.chunks import blob_of
+from dadi.index.chunks import Blob, blob_of
 from tests.contracts.store import C, content, parts_of
 from tests.fakes.sources import ScriptedSource
 
@@ -301,3 +302,32 @@ class TestChain:
         chain = Chain(Counting(), Verified("superpeer", source), patience=300, fallbacks=fallbacks)
         await asyncio.gather(*(chain.read(BLOB, range(2, 3)) for _ in range(100)))
         assert (source.asked, writes) == ([range(2, 3)], [2])
+
+
+class TestUrgency:
+    """Who joins a read that is under way, and is more urgent, is not kept waiting as long as nobody is."""
+
+    @pytest.mark.parametrize("joins", [Urgency.DEMAND, Urgency.STARTUP])
+    async def test_a_retry_is_as_urgent_as_whoever_has_joined_the_read(self, joins: Urgency) -> None:
+        asked: list[Urgency] = []
+        away, waits = True, asyncio.Event()
+
+        class Upstream:
+            async def read(self, blob: Blob, chunks: range, urgency: Urgency = Urgency.DEMAND) -> list[bytes]:
+                asked.append(urgency)
+                if away:
+                    waits.set()
+                    raise Unavailable("away")
+                return [PARTS[chunk] for chunk in chunks]
+
+        chain = Chain(MemoryBlobs(), Upstream(), patience=10, fallbacks=Fallbacks(), hurry=lambda *wish: None)
+        backfill = asyncio.create_task(chain.read(BLOB, range(2), Urgency.BACKFILL))
+        await waits.wait()
+        joining = asyncio.create_task(chain.read(BLOB, range(1), joins))
+        await asyncio.sleep(0)
+        away = False
+        assert await joining == PARTS[:1]
+        assert await backfill == PARTS[:2]
+        assert sorted(asked[2:]) == [joins, Urgency.BACKFILL], "and the other chunk as before"
+        assert not chain._urgency
+        await chain.close()

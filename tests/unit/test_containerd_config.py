@@ -52,6 +52,11 @@ def test_who_has_cri_is_told_what_has_to_start_first(version: str) -> None:
     assert "# Start dadi-node before containerd" not in text(False)
 
 
+def test_who_has_cri_is_told_where_kubelet_asks_for_images() -> None:
+    text = config.text(parse_version("1.7"), cri=True, socket="/run/x/snapshotter.sock", root="/var/r")
+    assert "#   imageServiceEndpoint: unix:///run/x/cri.sock\n" in text
+
+
 @pytest.mark.parametrize("version", ["2.1", "2.x"])
 def test_the_transfer_service_keeps_what_it_had_and_gets_ours(version: str) -> None:
     found = printed(version)

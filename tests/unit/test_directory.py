@@ -1,4 +1,7 @@
-"""The peer directory: whose child a node becomes, what comes back after a restart, who is believed."""
+"""The peer directory: whose child a node becomes, what comes back after a restart, who is believed.
+
+A little longer than 400 lines: one rule of the directory after the other.
+"""
 
 from __future__ import annotations
 
@@ -391,3 +394,29 @@ def test_whatever_happens_there_is_no_cycle_and_every_slot_is_accounted_for(acts
         here = {row["id"] for row in rows}
         fed = Counter(row["parent"] for row in rows if row["parent"] in here)
         assert {row["id"]: row["children"] for row in rows} == {name: fed[name] for name in here}
+
+
+def test_an_order_of_the_future_is_not_believed_and_memberships_still_end() -> None:
+    now = 1.7e9
+    directory = Directory(now=now)
+    directory.heartbeat(Heartbeat(peer(1), blobs=(Told(BLOB, (1 << 62) - 1, 1),)), now)
+    place = directory.join(peer(2), OTHER, now)
+    assert place.order < (now + 1) * 1e6
+    directory.heartbeat(Heartbeat(peer(2)), now + 20)
+    assert directory.tree(OTHER) == []
+
+
+def test_many_ids_at_one_address_are_one_accuser() -> None:
+    directory = Directory(Settings(lied_to=2, accusations=3))
+    for n in range(8):
+        directory.join(peer(n), BLOB, 1.0)
+    for n in range(20):
+        liar = Peer(f"id{n}", f"192.0.2.6:{7000 + n}", "z1", "r1", 2)
+        directory.join(liar, BLOB, 1.0)
+        directory.report(liar.id, "n0", Fault.LIED, 2.0)
+        directory.report(liar.id, f"n{1 + n % 7}", Fault.FAILED, 2.0)
+        directory.leave(liar.id)
+    assert directory.vouches_for("n0") is not None, "not barred"
+    assert directory.statistics()["suspended"] == 3
+    directory.report("n1", "n0", Fault.LIED, 3.0)
+    assert directory.vouches_for("n0") is None

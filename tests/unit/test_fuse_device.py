@@ -82,13 +82,26 @@ def test_a_removed_file_is_found_neither_by_name_nor_by_id(blob: FakeFile) -> No
     assert asked(device, wire.GETATTR, node=node.id) == asked(device, wire.OPEN, bytes(8), node.id) == GONE
 
 
-def test_ids_are_never_used_twice(blob: FakeFile) -> None:
-    device = Device(1 << 20)
-    ids = []
+def test_an_id_means_the_same_name_for_ever_in_every_process(blob: FakeFile) -> None:
+    ids = set()
     for _ in range(3):
-        ids.append(device.add(blob).id)
-        device.remove("blob")
-    assert len(set(ids)) == 3
+        device = Device(1 << 20)
+        for _ in range(2):
+            ids.add(device.add(blob).id)
+            device.remove("blob")
+    assert len(ids) == 1
+
+
+def test_two_names_with_one_id_are_refused(
+    tmp_path: Path, files: list[FakeFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fuse.device.id_of", lambda name: 1 << 61)
+    files += [FakeFile(tmp_path / "blob", CONTENT), FakeFile(tmp_path / "other", CONTENT)]
+    device = Device(1 << 20)
+    node = device.add(files[0])
+    with pytest.raises(Conflict, match="whose node id is that of other"):
+        device.add(files[1])
+    assert device.find(1 << 61) is node
 
 
 def test_a_file_that_was_failed_comes_back_under_its_id(tmp_path: Path, blob: FakeFile) -> None:

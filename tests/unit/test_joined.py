@@ -223,3 +223,20 @@ async def test_together_cancels_the_others_and_raises_the_error_itself() -> None
     with pytest.raises(Unavailable, match="away"):
         await together([waits(), fails()])
     assert ended == ["waits"]
+
+
+async def test_each_class_goes_before_the_next_and_leaves_a_read_free_for_those_before_it() -> None:
+    source = Gated()
+    joined = Joined(source, parallel=4, largest=CHUNK)
+    tasks = [ask(joined, range(at, at + 4), urgency)
+             for at, urgency in ((0, Urgency.BACKFILL), (10, Urgency.PREFETCH), (20, Urgency.STARTUP))]  # fmt: skip
+    await turn()
+    assert source.reads == [range(0, 1), range(1, 2), range(20, 21)], "half for nobody; what starts soon finds one free"
+    tasks.append(ask(joined, range(30, 31)))
+    await turn()
+    assert source.reads[3:] == [range(30, 31)], "and one that is always there for demand"
+    for number in range(13):
+        await source.let_go(number)
+    await asyncio.gather(*tasks)
+    order = [run.start // 10 for run in source.reads if run.start < 30]
+    assert order == [0, 0] + [2] * 4 + [1] * 4 + [0, 0]

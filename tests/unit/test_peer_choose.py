@@ -207,6 +207,47 @@ def test_nobody_may_wait_for_ever() -> None:
     assert c.due(5.16) == [(ask, "q")]
 
 
+def waited_out(c: Chooser, begin: float, *, others_take: float = 0.01, hops: int = 0) -> float:
+    """Ask for a run of which "p" says every tenth of a second that it waits; return how long it took in the end."""
+    ask = c.begin(RUN, SIZE, begin, hops)
+    coming: list[tuple[float, str]] = []
+    now = begin
+    while not any(at <= now for at, _ in coming):
+        now = round(now + 0.1, 3)
+        if "p" in asked(ask):
+            c.heard(ask, "p", now, waiting=True)
+        coming += [(now + others_take, upstream) for _, upstream in c.due(now)]
+        coming += [(now, t.upstream) for t in ask.tries if t.upstream != "p" and now == round(begin + 0.1, 3)]
+    at, upstream = min(coming)
+    c.arrived(ask, upstream, at)
+    return now - begin
+
+
+def test_who_waits_for_ever_for_what_others_have_is_left_after_two_of_that() -> None:
+    c = chooser("p")
+    times = [waited_out(c, 10.0 * n) for n in range(1, 3)]
+    assert times[0] > 5.0
+    assert times[1] < 1.0
+    assert c.health.state("p", 20.7) is State.DROPPED
+    assert c.order(20.7) == ["s1"]
+    assert [peer for peer, _ in c.health.reports()] == ["p"]
+    assert waited_out(c, 40.0) < 1.0  # it is tried again, and costs little
+    assert c.health.state("p", 41.0) is State.DROPPED
+
+
+def test_who_waits_for_what_nobody_has_is_not_blamed() -> None:
+    c = chooser("p", "q")
+    for n in range(1, 4):
+        waited_out(c, 10.0 * n, others_take=PATIENCE + 0.01)
+    assert c.health.state("p", 60.0) is State.GOOD
+
+
+def test_the_nearer_to_where_it_is_stuck_the_sooner_somebody_else_is_asked() -> None:
+    took = [waited_out(chooser("p", "q"), 0.0, hops=hops) for hops in range(4)]
+    assert took == sorted(took, reverse=True)
+    assert took[3] < took[0] - 0.5
+
+
 def test_waiting_does_not_count_into_how_long_answers_take() -> None:
     c = chooser("p")
     for n in range(32):
@@ -229,6 +270,17 @@ def test_a_request_that_came_through_too_many_nodes_goes_to_the_superpeer() -> N
     c = chooser("p", "q")
     assert asked(c.begin(RUN, SIZE, 0.0, hops=MAX_HOPS - 1)) == ["p"]
     assert asked(c.begin(RUN, SIZE, 0.0, hops=MAX_HOPS)) == ["s1"]
+
+
+def test_a_superpeer_whose_queue_moves_is_not_late_because_other_parents_were_learnt() -> None:
+    c = chooser()
+    asks = [c.begin(RUN, SIZE, 0.0) for _ in range(8)]
+    for n, ask in enumerate(asks):
+        c.learn(Place(7, 3, (Peer(f"p{n}"),)))
+        c.arrived(ask, "s1", 0.01 * (n + 1))
+    for n in range(8, 32):
+        c.arrived(c.begin(RUN, SIZE, 1.0 + n, hops=MAX_HOPS), "s1", 1.01 + n)
+    assert c.health.patience(SIZE) < 0.035  # 0.01 s each, not the time since they were asked for
 
 
 def test_a_probed_peer_is_asked_for_one_thing_only() -> None:

@@ -1,0 +1,354 @@
+"""`dadi prefetch`: bring images to datacenters before they are wanted, see how that goes, prove that it is done.
+
+    dadi prefetch IMAGE…            what follows is no verb of the group: `start` is meant
+    dadi prefetch status|list|cancel|retry|verify …
+
+Exit status 0 means what was asked for: images proven to be ready (with --detach: jobs taken by every superpeer and not
+refused by now); 1 anything else, and what that is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+import msgspec
+
+from dadi import config
+from dadi.cli import prefetch_show
+from dadi.cli.client import as_json
+from dadi.cli.prefetch_show import Board, Row
+from dadi.cli.prefetch_where import Where, images, platforms, where, where_options
+from dadi.errors import DadiError, NotFound
+from dadi.prefetch.life import State
+from dadi.prefetch.messages import HIGHEST, LOWEST, USUAL, Job, Readiness, Request, Scope, canonical, job_id
+from dadi.prefetch.when import moment
+
+if TYPE_CHECKING:
+    from dadi.cli.prefetch_talk import Talk
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+_JOB = re.compile(r"[0-9a-f]{12}")
+_SETTLED = {State.QUEUED, State.RESOLVING}
+
+
+class _Group(click.Group):
+    """A group whose verb may be left out."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = ["start", *args]
+        return super().parse_args(ctx, args)
+
+
+class _Moment(click.ParamType[float]):
+    """Text such as 2026-11-10T22:00+08:00 or +2h; gives seconds since 1970."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        return moment(value, time.time()) if isinstance(value, str) else float(value)
+
+
+class _Rate(click.ParamType[float]):
+    """Text such as 2Gbit; gives bytes per second."""
+
+    name = "rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        return config.quantity(value, config.RATE) if isinstance(value, str) else float(value)
+
+
+def _image_options(command: F) -> F:
+    for option in (
+        click.option("--scope", type=click.Choice(["startup", "full"]), default="full", show_default=True, help=(
+            "startup: what a container reads at its start, by its trace; full: everything.")),
+        click.option("--platform", "platform", multiple=True, metavar="OS/ARCH", help=(
+            "For images of several platforms (may be given several times). Default: this machine's.")),
+        click.option("--from-kubernetes", "-f", multiple=True, metavar="FILE", help=(
+            "The images in Kubernetes manifests, YAML or JSON; - is standard input.")),
+        click.option("--from-file", multiple=True, metavar="FILE", help="A list of images, one a line."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@click.group(cls=_Group)
+def prefetch() -> None:
+    """Bring images to superpeers before they are wanted, and prove that they are there.
+
+    `dadi prefetch IMAGE…` is short for `dadi prefetch start IMAGE…`.
+    """
+
+
+@prefetch.command()
+@click.argument("image", nargs=-1)
+@_image_options
+@where_options
+@click.option("--rate", type=_Rate(), default=0.0, metavar="RATE", help=(
+    "What a datacenter may take from the registry, such as 2Gbit. Default: no limit."))
+@click.option("--at", type=_Moment(), default=0.0, metavar="TIME", help=(
+    "When to begin: 2026-11-10T22:00+08:00, or +2h. The image is looked up, and all is checked, at once."))
+@click.option("--deadline", type=_Moment(), default=0.0, metavar="TIME", help=(
+    "When it must be done; if --rate does not do, that is said at once."))
+@click.option("--priority", type=click.IntRange(LOWEST, HIGHEST), default=USUAL, show_default=True, help=(
+    "Of jobs that run at the same time: the higher goes first."))
+@click.option("--pin-until", type=_Moment(), default=0.0, metavar="TIME", help="Do not evict it before that time.")
+@click.option("--nodes", default="", metavar="WHICH", help=(
+    "Have nodes bring it too, once the superpeers have it: all, 20%, zone=a,rack=r7. It is not waited for."))
+@click.option("--wait/--detach", "wait", default=True, help=(
+    "Wait until it is done (the default), or only until the superpeers have taken and checked the jobs."))
+@as_json
+def start(
+    image: tuple[str, ...],
+    from_file: tuple[str, ...],
+    from_kubernetes: tuple[str, ...],
+    platform: tuple[str, ...],
+    scope: Scope,
+    superpeers: tuple[str, ...],
+    datacenters: tuple[str, ...],
+    everywhere: bool,
+    datacenters_file: str,
+    rate: float,
+    at: float,
+    deadline: float,
+    priority: int,
+    pin_until: float,
+    nodes: str,
+    wait: bool,
+    as_json: bool,
+) -> None:
+    """Bring IMAGEs to superpeers, and wait until they are proven to be there.
+
+    Jobs are the superpeers': they go on when this command is broken off. The same image asked for again is the same
+    job. Registry credentials come from Docker's configuration, and are not kept.
+    """
+    whom = where(superpeers, datacenters, everywhere, datacenters_file)
+    rows = [
+        Row(canonical(Request(name, on, scope=scope, rate=rate, at=at, deadline=deadline, priority=priority,
+                              pin_until=pin_until, nodes=nodes)), place)
+        for name in images(image, from_file, from_kubernetes) for on in platforms(platform) for place in whom.places
+    ]  # fmt: skip
+    with Board(quiet=as_json) as board:
+        _run(whom, lambda talk: _start(talk, rows, board, wait=wait))
+    if as_json:
+        click.echo(msgspec.json.encode([row.fields() for row in rows]))
+    else:
+        prefetch_show.results(rows, detached=not wait)
+    sys.exit(any(row.problems for row in rows))
+
+
+async def _start(talk: Talk, rows: Sequence[Row], board: Board, *, wait: bool) -> None:
+    def enough(job: Job) -> bool:
+        return job.state.is_over if wait else job.state not in _SETTLED
+
+    async def one(row: Row, url: str) -> None:
+        def told(job: Job) -> None:
+            row.jobs[url] = job
+            board.changed(row)
+
+        try:
+            told(await talk.begin(url, row.request))
+            told(await talk.follow(url, row.jobs[url], told, enough))
+            if wait and row.jobs[url].state is State.READY:
+                request = row.request
+                row.readiness[url] = await talk.verify(url, request.reference, request.platform, request.scope)
+        except DadiError as error:
+            row.errors[url] = error
+            board.changed(row)
+
+    await asyncio.gather(*(one(row, url) for row in rows for url in row.place.urls))
+
+
+@prefetch.command()
+@click.argument("image", nargs=-1)
+@_image_options
+@where_options
+@as_json
+def verify(
+    image: tuple[str, ...],
+    from_file: tuple[str, ...],
+    from_kubernetes: tuple[str, ...],
+    platform: tuple[str, ...],
+    scope: Scope,
+    superpeers: tuple[str, ...],
+    datacenters: tuple[str, ...],
+    everywhere: bool,
+    datacenters_file: str,
+    as_json: bool,
+) -> None:
+    """Prove that IMAGEs start without their registry: every chunk of the scope is there and verified, twice.
+
+    All superpeers of a datacenter have to be asked. Exit status 1, and a list of what is missing, if anything is.
+    """
+    whom = where(superpeers, datacenters, everywhere, datacenters_file)
+    rows = [Row(canonical(Request(name, on, scope=scope)), place)
+            for name in images(image, from_file, from_kubernetes) for on in platforms(platform)
+            for place in whom.places]  # fmt: skip
+    _run(whom, lambda talk: _verify(talk, rows))
+    if as_json:
+        click.echo(msgspec.json.encode([_proof(row) for row in rows]))
+    for row in rows if not as_json else ():
+        told = list(row.readiness.values())
+        needed = sum(each.registry_requests for each in told)
+        word, least = "not ready" if row.problems else "ready", " at least" if row.errors else ""
+        click.echo(f"{row.name}: {word}, registry requests needed to start: {needed}{least}")
+        for line in [*row.problems, *(f"note: {note}" for note in dict.fromkeys(each.note for each in told) if note)]:
+            click.echo(f"  {line}")
+    sys.exit(any(row.problems for row in rows))
+
+
+async def _verify(talk: Talk, rows: Sequence[Row]) -> None:
+    async def one(row: Row, url: str) -> None:
+        request = row.request
+        try:
+            row.readiness[url] = await talk.verify(url, request.reference, request.platform, request.scope)
+        except DadiError as error:
+            row.errors[url] = error
+
+    await asyncio.gather(*(one(row, url) for row in rows for url in row.place.urls))
+
+
+def _proof(row: Row) -> dict[str, Any]:
+    told: dict[str, Readiness] = row.readiness
+    return {
+        "image": row.request.reference, "platform": row.request.platform, "scope": row.request.scope,
+        "datacenter": row.place.name, "ready": not row.problems, "problems": row.problems,
+        "registry_requests": sum(each.registry_requests for each in told.values()),
+        "superpeers": {url: msgspec.to_builtins(each) for url, each in told.items()},
+    }  # fmt: skip
+
+
+@prefetch.command("list")
+@where_options
+@as_json
+def list_(
+    superpeers: tuple[str, ...], datacenters: tuple[str, ...], everywhere: bool, datacenters_file: str, as_json: bool
+) -> None:
+    """List the jobs of images that anybody may have."""
+    whom = where(superpeers, datacenters, everywhere, datacenters_file)
+    found, errors = _everywhere(whom, lambda talk, url: talk.jobs(url))
+    rows = [(name, url, job) for (name, url), jobs in found.items() for job in jobs]
+    if as_json:
+        click.echo(msgspec.json.encode([_told(name, url, job) for name, url, job in rows]))
+    else:
+        prefetch_show.jobs(rows)
+    _fail_for(errors)
+
+
+def _told(datacenter: str, url: str, job: Job) -> dict[str, Any]:
+    return {"datacenter": datacenter, "superpeer": url, **msgspec.to_builtins(job)}
+
+
+def _job_command(verb: Callable[..., None]) -> click.Command:
+    """Make a command of a function that is about one job: by its id, or by the image that it is of."""
+    for option in (
+        click.option("--scope", type=click.Choice(["startup", "full"]), default="full", show_default=True, help=(
+            "Of a job that is named by its image.")),
+        click.option("--platform", default="", metavar="OS/ARCH", help="Of a job that is named by its image."),
+        where_options,
+        as_json,
+        click.argument("job"),
+    ):  # fmt: skip
+        verb = option(verb)
+    return prefetch.command()(verb)
+
+
+def _about_job(what: str, job: str, platform: str, scope: Scope, whom: Where, *, quiet: bool) -> None:
+    reference = ""
+    if not _JOB.fullmatch(job):
+        request = canonical(Request(job, platforms([platform] if platform else [])[0], scope=scope))
+        job, reference = job_id(request), request.reference
+
+    async def one(talk: Talk, url: str) -> Job:
+        return await (talk.act(url, job, what, reference) if what else talk.job(url, job, reference))
+
+    found, errors = _everywhere(whom, one)
+    # Not every superpeer named here need have it: they may be of several datacenters.
+    away = {key: error for key, error in errors.items() if not isinstance(error, NotFound)}
+    if quiet:
+        click.echo(msgspec.json.encode([_told(name, url, each) for (name, url), each in found.items()]))
+    else:
+        for (_, url), each in found.items():
+            prefetch_show.one(url, each)
+    if not found and not away:
+        raise NotFound(f"no superpeer that was asked has the job {job}", hint="dadi prefetch list shows them")
+    _fail_for(away)
+
+
+@_job_command
+def status(
+    job: str, platform: str, scope: Scope, superpeers: tuple[str, ...], datacenters: tuple[str, ...], everywhere: bool,
+    datacenters_file: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Show all of a JOB, by its id or its image."""
+    _about_job("", job, platform, scope, where(superpeers, datacenters, everywhere, datacenters_file), quiet=as_json)
+
+
+@_job_command
+def cancel(
+    job: str, platform: str, scope: Scope, superpeers: tuple[str, ...], datacenters: tuple[str, ...], everywhere: bool,
+    datacenters_file: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Stop a JOB; what it has brought stays until the room is needed."""
+    whom = where(superpeers, datacenters, everywhere, datacenters_file)
+    _about_job("cancel", job, platform, scope, whom, quiet=as_json)
+
+
+@_job_command
+def retry(
+    job: str, platform: str, scope: Scope, superpeers: tuple[str, ...], datacenters: tuple[str, ...], everywhere: bool,
+    datacenters_file: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Begin a JOB that has ended once more, with the image as it is now."""
+    whom = where(superpeers, datacenters, everywhere, datacenters_file)
+    _about_job("retry", job, platform, scope, whom, quiet=as_json)
+
+
+# ---- how
+
+
+def _run(whom: Where, work: Callable[[Talk], Any]) -> None:
+    from dadi.cli.prefetch_talk import talking
+
+    async def run() -> None:
+        async with talking(whom.tls) as talk:
+            await work(talk)
+
+    asyncio.run(run())
+
+
+Found = dict[tuple[str, str], T]
+"""By datacenter and superpeer."""
+
+
+def _everywhere(whom: Where, ask: Callable[[Talk, str], Any]) -> tuple[Found[Any], Found[DadiError]]:
+    """Return what each superpeer answers, and what went wrong with the others."""
+    found: Found[Any] = {}
+    errors: Found[DadiError] = {}
+
+    async def one(talk: Talk, name: str, url: str) -> None:
+        try:
+            found[name, url] = await ask(talk, url)
+        except DadiError as error:
+            errors[name, url] = error
+
+    async def everybody(talk: Talk) -> None:
+        await asyncio.gather(*(one(talk, place.name, url) for place in whom.places for url in place.urls))
+
+    _run(whom, everybody)
+    return found, errors
+
+
+def _fail_for(errors: Found[DadiError]) -> None:
+    for (_, url), error in errors.items():
+        click.echo(f"dadi: {url}: {error}", err=True)
+    if errors:
+        sys.exit(1)
+

@@ -1,0 +1,62 @@
+"""Prefetch jobs on disk: STATE/prefetch/ID.json, one small file each, replaced all at once.
+
+Written when a job's state changes and when it has got on a good way. What cannot be written is logged: the job goes on,
+and a restart begins it where the file stands; what it has brought by then is in the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from dadi.blobs.layout import write_durably
+from dadi.prefetch.messages import Job, canonical, job_id
+
+log = structlog.get_logger()
+
+
+class JobStore:
+    """The files in `directory`."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._writing = asyncio.Lock()
+
+    def __repr__(self) -> str:
+        return f"JobStore({self._directory})"
+
+    async def load(self) -> list[Job]:
+        """Return the jobs, oldest first; a file that is damaged is thrown away, and that is said."""
+        return await asyncio.to_thread(self._load)
+
+    def _load(self) -> list[Job]:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        jobs = []
+        for path in sorted(self._directory.glob("*.json")):
+            try:
+                job = msgspec.json.decode(path.read_bytes(), type=Job)
+                if path.stem != job.id or job.id != job_id(canonical(job.request)):
+                    raise ValueError("it is another job than its name says")
+                jobs.append(job)
+            except OSError as error:
+                log.error("could not read a prefetch job", file=str(path), why=str(error))
+            except (msgspec.MsgspecError, ValueError, UnicodeDecodeError, RecursionError) as error:
+                log.warning("threw away what is no prefetch job", file=str(path), why=str(error))
+                path.unlink(missing_ok=True)
+        return sorted(jobs, key=lambda job: job.created)
+
+    async def save(self, job: Job) -> None:
+        """Write a job as it is now."""
+        async with self._writing:  # in order: an older state must not replace a newer one
+            data = msgspec.json.encode(job)
+            try:
+                await asyncio.to_thread(write_durably, self._directory / f"{job.id}.json", data)
+            except OSError as error:
+                log.error("could not write a prefetch job", job=job.id, why=str(error))
+
+    async def remove(self, job: Job) -> None:
+        """Forget a job."""
+        await asyncio.to_thread((self._directory / f"{job.id}.json").unlink, missing_ok=True)

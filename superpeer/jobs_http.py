@@ -1,0 +1,151 @@
+"""Prefetch jobs over HTTP. Only routes and translation; the messages are in `dadi/prefetch/messages.py`.
+
+Who may: as for `/v1/images`, the registry must let the caller (`Dadi-Registry-Authorization`; nothing: anybody) read
+the image's repository. A sibling shows a token that names the image's manifest instead. The list has the jobs of images
+that anybody may have, and with `?registry=HOST`, for which the credentials are then meant, those of that registry that
+the caller may have. The credentials are shown to the registry for this question and not kept; what is fetched is
+fetched with the superpeer's own. No address in any message is ever asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import get_args
+
+import msgspec
+from aiohttp import web
+
+from dadi import http
+from dadi.errors import AccessDenied, DadiError, InvalidRequest, TokenRefused
+from dadi.oci.reference import Reference
+from dadi.peers import shown
+from dadi.peers.gate import AUTHORIZATION
+from dadi.prefetch.messages import Job, Request, Scope, Wishes, canonical, decode_report, decode_request
+from dadi.wire import Event
+from superpeer.jobs import Prefetcher
+from superpeer.who_may import WhoMay
+
+_CHECKS = 8
+"""Registries that are asked at a time whether a list may name their images."""
+
+
+class PrefetchServer:
+    """The handlers. Without `who_may` they are open to all."""
+
+    def __init__(self, prefetcher: Prefetcher, who_may: WhoMay | None) -> None:
+        self._prefetcher = prefetcher
+        self._who_may = who_may
+
+    def add_routes(self, router: web.UrlDispatcher) -> None:
+        """Add what `messages.py` lists."""
+        router.add_post("/v1/prefetch", self._submit)
+        router.add_get("/v1/prefetch", self._list)
+        router.add_get("/v1/prefetch/verify", self._verify)
+        router.add_get("/v1/prefetch/wanted", self._wanted)
+        router.add_post("/v1/prefetch/{id}/nodes", self._heard)
+        router.add_get("/v1/prefetch/{id}", self._one)
+        router.add_post("/v1/prefetch/{id}/cancel", self._cancel)
+        router.add_post("/v1/prefetch/{id}/retry", self._retry)
+
+    async def _submit(self, request: web.Request) -> web.Response:
+        wanted = decode_request(await request.read())
+        await self._check(request, wanted.reference, wanted.manifest)
+        if wanted.manifest and AUTHORIZATION not in request.headers and self._asks:
+            raise TokenRefused("only siblings say what an image is: leave the manifest out")
+        return _json(await self._prefetcher.submit(wanted))
+
+    async def _list(self, request: web.Request) -> web.Response:
+        return _json({"jobs": await self._allowed(request, self._prefetcher.jobs())})
+
+    async def _wanted(self, request: web.Request) -> web.Response:
+        """Which images are wanted is told to who has a token of ours; of others only what anybody may have."""
+        query = request.query
+        node = query.get("node", "")
+        if not 0 < len(node) <= 128:
+            raise InvalidRequest("a node must say who it is")
+        jobs = [job for job in self._prefetcher.jobs() if job.request.nodes]
+        if self._who_may is not None and AUTHORIZATION in request.headers:
+            await self._who_may.gate.admit(request.headers)
+        else:
+            jobs = await self._allowed(request, jobs)
+        wishes = self._prefetcher.nodes.wishes(jobs, node, query.get("zone", ""), query.get("rack", ""))
+        return _json(Wishes(tuple(wishes), self._prefetcher.nodes.asked(node)))
+
+    async def _heard(self, request: web.Request) -> web.Response:
+        job = await self._found(request)
+        self._prefetcher.nodes.hear(job, decode_report(await request.read()))
+        return web.json_response({})
+
+    async def _allowed(self, request: web.Request, jobs: list[Job]) -> list[Job]:
+        slots = asyncio.Semaphore(_CHECKS)
+
+        async def may(reference: str) -> bool:
+            # What the caller shows is meant for one registry, and shown to no other.
+            meant = Reference.parse(reference).registry == request.query.get("registry")
+            try:
+                async with slots:
+                    await self._check(request, reference, "", shown.HEADER if meant else "")
+            except DadiError:
+                return False
+            return True
+
+        names = {Reference.parse(job.request.reference).name: job.request.reference for job in jobs}
+        allowed = dict(zip(names, await asyncio.gather(*map(may, names.values())), strict=True))
+        return [job for job in jobs if allowed[Reference.parse(job.request.reference).name]]
+
+    async def _one(self, request: web.Request) -> web.StreamResponse:
+        job = await self._found(request)
+        if request.query.get("follow", "0") in ("", "0"):
+            return _json(job)
+        return await http.stream_events(request, self._events(job))
+
+    async def _events(self, job: Job) -> AsyncIterator[Event]:
+        async for now in self._prefetcher.follow(job.id):
+            yield {"event": "job", **msgspec.to_builtins(now)}
+
+    async def _cancel(self, request: web.Request) -> web.Response:
+        job = await self._found(request)
+        return _json(await self._prefetcher.cancel(job.id))
+
+    async def _retry(self, request: web.Request) -> web.Response:
+        job = await self._found(request)
+        return _json(await self._prefetcher.retry(job.id))
+
+    async def _verify(self, request: web.Request) -> web.Response:
+        query = request.query
+        scope = query.get("scope", "full")
+        if scope not in get_args(Scope):
+            raise InvalidRequest(f"{scope[:20]!r} is no scope", hint=f"one of {', '.join(get_args(Scope))}")
+        asked = canonical(Request(query.get("reference", ""), query.get("platform", "")))
+        await self._check(request, asked.reference, "")
+        readiness = await self._prefetcher.shares.readiness(asked.reference, asked.platform, scope)  # type: ignore[arg-type]
+        return _json(readiness)
+
+    async def _found(self, request: web.Request) -> Job:
+        """Return the job in the path, if the caller may have its image."""
+        job = self._prefetcher.find(request.match_info["id"])
+        try:
+            await self._check(request, job.request.reference, job.manifest_digest)
+        except AccessDenied as error:
+            hint = "name the image instead of the job: its credentials are shown then"
+            raise AccessDenied(error.message, hint=hint) from None
+        return job
+
+    @property
+    def _asks(self) -> bool:
+        return self._who_may is not None and self._who_may.asks
+
+    async def _check(
+        self, request: web.Request, reference: str, manifest: str, header: str = shown.HEADER
+    ) -> None:
+        if self._who_may is None:
+            return
+        if AUTHORIZATION in request.headers and manifest:
+            await self._who_may.gate.admit(request.headers, manifest)
+            return
+        await self._who_may.check(Reference.parse(reference), request.headers.get(header), request.remote or "")
+
+
+def _json(thing: object) -> web.Response:
+    return web.Response(body=msgspec.json.encode(thing), content_type="application/json")

@@ -1,0 +1,170 @@
+"""Requests that nobody sends in good faith, over raw sockets: a proper status, and the proxy goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.fakes.registry import FakeRegistry, Fault
+from tests.lab.proxies import RunningProxy, proxied
+
+MANIFEST = "/v2/team/app/manifests/1"
+
+
+@pytest.fixture
+async def registry() -> AsyncIterator[FakeRegistry]:
+    async with FakeRegistry() as fake:
+        fake.add_image("team/app", "1", [b"layer"])
+        yield fake
+
+
+@pytest.fixture
+async def proxy(tmp_path: Path, registry: FakeRegistry) -> AsyncIterator[RunningProxy]:
+    async with proxied(tmp_path, registry.host) as running:
+        yield running
+
+
+async def raw(proxy: RunningProxy, data: bytes) -> bytes:
+    """Send bytes, return all that comes back until the proxy hangs up, or waits for more than we have."""
+    host, port = proxy.host.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(data)
+        await writer.drain()
+        answer = b""
+        try:
+            async with asyncio.timeout(0.5):
+                while piece := await reader.read(1 << 20):
+                    answer += piece
+        except TimeoutError:
+            pass
+        return answer
+    except ConnectionResetError:
+        return b""
+    finally:
+        writer.close()
+        await asyncio.gather(writer.wait_closed(), return_exceptions=True)
+
+
+def request(target: str, *headers: str, method: str = "GET", body: bytes = b"") -> bytes:
+    lines = [f"{method} {target} HTTP/1.1", "Host: proxy", "Connection: close", *headers]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+def status_of(answer: bytes) -> int:
+    return int(answer.split(b" ", 2)[1])
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["/v2/../../etc/passwd", "/v2/team/../secret/manifests/1", "/v2/team/%2e%2e/secret/manifests/1", "/v2//manifests/1",
+     "/v2/team/app/manifests/..", "/v2/team/app/manifests/1%00", "/v2/team/app/manifests/%2Fetc%2Fpasswd",
+     "/v2/team%2Fapp/manifests/1", "/v2/team/app/blobs/sha256:..%2f..", "/v2/team/app/blobs/sha256:" + "A" * 64,
+     "/v2/team/app/blobs/" + "x" * 3000, "/v2/team/app/manifests/" + "x" * 200, "http://other/v2/team/app/manifests/1",
+     MANIFEST + "?ns=a.example&ns=b.example", MANIFEST + "?ns=", MANIFEST + "?ns=a.example%2F..",
+     "/v2/team/app/tags/list?n=-1", "/v2/team/app/tags/list?n=1e9", "/v2/team/app/tags/list?n=1&n=2",
+     "/v2/team/app/tags/list?last=%00"],
+)  # fmt: skip
+async def test_paths_and_parameters_of_no_image_are_refused(
+    registry: FakeRegistry, proxy: RunningProxy, target: str
+) -> None:
+    answer = await raw(proxy, request(target))
+    assert status_of(answer) in (400, 404)
+    body = answer.partition(b"\r\n\r\n")[2]
+    if body.startswith(b"{"):
+        assert json.loads(body)["errors"][0]["code"] in (
+            "NAME_INVALID", "DIGEST_INVALID", "MANIFEST_INVALID", "NAME_UNKNOWN", "UNSUPPORTED", "MANIFEST_UNKNOWN",
+        )  # fmt: skip
+    assert not registry.seen, "the registry is not bothered with it"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        request(MANIFEST, "Content-Length: 5", "Transfer-Encoding: chunked", body=b"0\r\n\r\n"),
+        request(MANIFEST, "Content-Length: 5", "Content-Length: 6", body=b"hello"),
+        request(MANIFEST, "Content-Length: 5, 6", body=b"hello"),
+        request(MANIFEST, "Content-Length: +5", body=b"hello"),
+        request(MANIFEST, "Content-Length: 5", body=b"hello"),
+        request(MANIFEST, "Transfer-Encoding: chunked", body=b"5\r\nhello\r\n0\r\n\r\n"),
+        request(MANIFEST, "Transfer-Encoding: xchunked", body=b"5\r\nhello\r\n0\r\n\r\n"),
+        request(MANIFEST, "Transfer-Encoding : chunked", body=b"0\r\n\r\n"),
+        request(MANIFEST, "Host: another"),
+        request(MANIFEST, "Authorization: Bearer a", "Authorization: Bearer b"),
+        request(MANIFEST, "Authorization: Bearer a\x00b"),
+        request(MANIFEST, "X-Long: " + "x" * 100_000),
+        request("/v2/" + "x" * 100_000),
+        request(MANIFEST, "Authorization: Bearer " + "x" * 20_000),
+        request(MANIFEST, "Authorization: Negotiate abc"),
+        b"GET " + MANIFEST.encode() + b"\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    ],
+)
+async def test_shapes_that_two_programs_could_read_differently_are_refused(
+    registry: FakeRegistry, proxy: RunningProxy, data: bytes
+) -> None:
+    answer = await raw(proxy, data)
+    assert answer == b"" or 400 <= status_of(answer) < 500
+    assert answer.count(b"HTTP/1.") <= 1, "never two answers to what looked like one request"
+    assert not registry.seen
+    assert (await proxy.get(MANIFEST))[0].status == 200
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND"])
+@pytest.mark.parametrize("path", [MANIFEST, "/v2/team/app/blobs/uploads/", "/v2/team/app/blobs/sha256:" + "0" * 64])
+async def test_what_pushes_or_deletes_is_unsupported(
+    registry: FakeRegistry, proxy: RunningProxy, method: str, path: str
+) -> None:
+    response, body = await proxy.ask(method, path)
+    assert response.status == 405
+    assert response.headers["Allow"] == "GET, HEAD"
+    assert json.loads(body)["errors"][0]["code"] == "UNSUPPORTED"
+    assert not registry.seen
+
+
+async def test_a_manifest_that_is_too_large_is_refused(registry: FakeRegistry, proxy: RunningProxy) -> None:
+    registry.script("/manifests/", *[Fault(status=200, body=b"x" * (5 << 20))] * 9)
+    assert (await proxy.get(MANIFEST))[0].status == 502
+
+
+async def test_a_type_that_contradicts_the_body_is_refused(registry: FakeRegistry, proxy: RunningProxy) -> None:
+    """A manifest that calls itself an index, and the other way round: two readers would see two images."""
+    index = "application/vnd.oci.image.index.v1+json"
+    registry.script("/manifests/", *[Fault(headers={"Content-Type": index})] * 9)
+    response, _ = await proxy.get(MANIFEST)
+    assert response.status == 502
+    assert not proxy.store.statistics()["blobs"], "not kept"
+    document = {"schemaVersion": 2, "manifests": [], "layers": [], "config": {}}
+    registry.add_manifest("team/app", "2", document, index)
+    assert (await proxy.get("/v2/team/app/manifests/2"))[0].status == 502
+
+
+async def test_a_page_of_a_login_portal_is_no_manifest(registry: FakeRegistry, proxy: RunningProxy) -> None:
+    registry.script("/v2/", *[Fault(status=200, body=b"<html>", headers={"Content-Type": "text/html"})] * 9)
+    assert (await proxy.get(MANIFEST))[0].status == 502
+    assert (await proxy.get("/v2/team/app/tags/list"))[0].status == 502
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(["GET", "HEAD", "PUT", "get", "G\tT"]),
+    st.text(alphabet=st.characters(max_codepoint=255), max_size=60),
+    st.lists(st.text(alphabet=st.characters(max_codepoint=255, exclude_characters="\r\n"), max_size=40), max_size=4),
+    st.binary(max_size=40),
+)
+def test_any_bytes_get_an_answer_or_are_hung_up_on(
+    tmp_path_factory: pytest.TempPathFactory, method: str, target: str, headers: list[str], body: bytes
+) -> None:
+    async def once() -> None:
+        async with FakeRegistry() as registry, proxied(tmp_path_factory.mktemp("p"), registry.host) as proxy:
+            answer = await raw(proxy, request(f"/v2/{target}", *headers, method=method, body=body))
+            assert answer == b"" or status_of(answer) < 500
+            assert (await proxy.get("/v2/"))[0].status == 200
+
+    asyncio.run(once())

@@ -1,0 +1,292 @@
+"""dadi-node is killed, stopped and started under load, in processes of their own: no read fails, no byte is wrong.
+
+Several readers compare every byte with what they know it to be, without the page cache's help, while the node comes and
+goes. A node that was killed is not waited for: a thread of it may hang in the kernel until its successor serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from dadi.node import kernel
+from tests.fakes.registry import FakeRegistry
+from tests.lab.cleanup import Lab, leak_check
+from tests.lab.processes import LabFailed, Node, Process
+from tests.lab.services import CHUNK, running, tar_of
+from tests.system.test_node import (
+    begin_to_read,
+    in_thread,
+    loops_below,
+    nothing_stays_mounted,
+    until,
+)
+
+__all__ = ["nothing_stays_mounted"]
+pytestmark = [pytest.mark.root, pytest.mark.timeout(240)]
+
+IMAGES = 4
+FILES = [random.Random(number).randbytes(1200 * CHUNK + 77) for number in range(IMAGES)]
+SHARED = random.Random(99).randbytes(100 * CHUNK)
+KILLS, SEED = 12, 5
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    base = Path(tempfile.gettempdir()) / f"dk{os.getpid()}"
+    base.mkdir()
+    try:
+        with leak_check(base) as leaks, Lab("k", base) as lab:
+            yield lab
+        assert leaks.found == []
+    finally:
+        with contextlib.suppress(OSError):
+            base.rmdir()
+
+
+@pytest.fixture
+async def registry() -> AsyncIterator[FakeRegistry]:
+    async with FakeRegistry() as fake:
+        for number, content in enumerate(FILES):
+            fake.add_image("team/app", str(number), [tar_of(shared=SHARED), tar_of(data=content)])
+        yield fake
+
+
+class Readers:
+    """Threads that read files at random places and compare; `failed` and `wrong` say where."""
+
+    def __init__(self, files: dict[Path, bytes], threads: int) -> None:
+        self.reads, self.longest = 0, 0.0
+        self.failed: list[str] = []
+        self.wrong: list[str] = []
+        self._stop = threading.Event()
+        self._files = list(files.items())
+        self._threads = [threading.Thread(target=self._run, args=(n,), daemon=True) for n in range(threads)]
+
+    async def __aenter__(self) -> Readers:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            await in_thread(partial(thread.join, 60))  # the superpeer is in this process, and may have to answer yet
+        assert not any(thread.is_alive() for thread in self._threads), "a read waits for ever"
+
+    def _run(self, seed: int) -> None:
+        chance = random.Random(seed)
+        while not self._stop.is_set():
+            path, content = chance.choice(self._files)
+            offset, length = chance.randrange(len(content)), chance.choice((10, 5000, 3 * CHUNK))
+            began = time.monotonic()
+            try:
+                fd = os.open(path, os.O_RDONLY)
+                try:
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                    data = os.pread(fd, length, offset)
+                finally:
+                    os.close(fd)
+            except OSError as error:
+                self.failed.append(f"{path} at {offset}: {error}")
+                continue
+            if data != content[offset : offset + length]:
+                self.wrong.append(f"{path} at {offset}")
+            self.reads += 1
+            self.longest = max(self.longest, time.monotonic() - began)
+            time.sleep(0.03)  # the processors are for the node, too
+
+
+class Machine:
+    """A node that can be killed and started again."""
+
+    def __init__(self, lab: Lab, url: str, backfill: str = "enabled = false") -> None:
+        self._lab, self._url, self._backfill = lab, url, backfill
+        self.node = self._node()
+
+    def _node(self) -> Node:
+        # No options: a restart that harms no read must not need to be asked for.
+        return Node(self._lab, None, [self._url], sections=f"[backfill]\n{self._backfill}\n"
+                    "[read]\npatience = 60\n[snapshotter]\nenabled = false\n[peers]\nenabled = false\n")  # fmt: skip
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.node.popen.pid, signal.SIGKILL)
+
+    def start(self) -> None:
+        self.node = self._node()
+
+    def start_and_kill(self, after: float) -> None:
+        """Kill one that has hardly begun."""
+        config = self.node.directory / "node.toml"
+        process = Process(self._lab, "node", [sys.executable, "-m", "dadi.node", "--config", str(config)])
+        time.sleep(after)
+        os.killpg(process.popen.pid, signal.SIGKILL)
+
+    def told(self) -> dict[str, int]:
+        """Return how often the log has an event."""
+        counts: dict[str, int] = {}
+        for event in self.node.events():
+            counts[event.get("event", "")] = counts.get(event.get("event", ""), 0) + 1
+        return counts
+
+
+def files_of(directories: list[Path]) -> dict[Path, bytes]:
+    found = {}
+    for directory, content in zip(directories, FILES, strict=False):
+        found[directory / "data"] = content
+        found[directory / "shared"] = SHARED
+    return found
+
+
+def churn(machine: Machine, reference: str, directory: Path, stop: threading.Event) -> None:
+    """Mount and unmount, whatever comes of it: kills shall meet mounts that are half made."""
+    while not stop.is_set():
+        for arguments in (("mount", reference, str(directory)), ("umount", str(directory))):
+            with contextlib.suppress(LabFailed):
+                machine.node.dadi(*arguments, check=False)
+
+
+async def test_no_read_fails_while_the_node_is_killed_again_and_again(lab: Lab, registry: FakeRegistry) -> None:
+    chance = random.Random(SEED)
+    directories = [lab.root / f"mnt{number}" for number in range(IMAGES)]
+    for directory in directories:
+        directory.mkdir()
+    async with running(lab.root / "superpeer", registry.host) as run:
+        machine = await in_thread(lambda: Machine(lab, run.url, "quiet = 0\nrate = 2000000"))
+        *lasting, coming = directories
+        for number, directory in enumerate(lasting):
+            await in_thread(lambda: machine.node.dadi("mount", f"{registry.host}/team/app:{number}", str(directory)))  # noqa: B023
+        stop = threading.Event()
+        churning = in_thread(lambda: churn(machine, f"{registry.host}/team/app:{IMAGES - 1}", coming, stop))
+
+        def kill_and_start() -> None:
+            for number in range(KILLS):
+                time.sleep(chance.uniform(0.0, 1.5))
+                machine.kill()
+                if number % 3 == 2:
+                    machine.start_and_kill(chance.uniform(0.2, 1.0))
+                machine.start()
+
+        async with Readers(files_of(lasting), 6) as readers:
+            churning = asyncio.ensure_future(churning)
+            await in_thread(kill_and_start)
+            before = readers.reads
+            await until(lambda: readers.reads > before + 200)
+            stop.set()
+            await churning
+            status = await in_thread(machine.node.status)
+        print(f"{readers.reads} reads, the longest {readers.longest:.1f} s, {machine.told()}")
+        assert readers.failed == []
+        assert readers.wrong == []
+        assert readers.reads > 1000
+        assert sorted(row["directory"] for row in status["mounts"])[: len(lasting)] == [str(d) for d in lasting]
+        assert {row["state"] for row in status["mounts"]} <= {"lazy", "local"}
+        assert status["taken_over"]["mounts"] >= len(lasting)
+        assert "lazy mounts not taken over" not in {row["kind"] for row in status["fallbacks"]}
+        for row in status["mounts"]:
+            await in_thread(lambda: machine.node.dadi("umount", row["directory"]))  # noqa: B023
+        assert await in_thread(machine.node.stop) == 0
+        assert loops_below(lab.root) == []
+        assert [mount.target for mount in await in_thread(kernel.mounts) if str(lab.root) in mount.target] == []
+        await in_thread(lambda: wait_until(lambda: not keepers(lab.root)))
+
+
+async def test_a_stop_and_a_start_under_load_are_not_noticed(lab: Lab, registry: FakeRegistry) -> None:
+    directory = lab.root / "mnt0"
+    directory.mkdir()
+    async with running(lab.root / "superpeer", registry.host) as run:
+        machine = await in_thread(lambda: Machine(lab, run.url))
+        await in_thread(lambda: machine.node.dadi("mount", f"{registry.host}/team/app:0", str(directory)))
+        async with Readers(files_of([directory]), 4) as readers:
+            for _ in range(3):
+                before = readers.reads
+                await until(lambda: readers.reads > before + 5)  # noqa: B023
+                assert await in_thread(machine.node.stop) == 0
+                assert len(keepers(lab.root)) == 1
+                await in_thread(machine.start)
+        assert (readers.failed, readers.wrong) == ([], [])
+        shown = await in_thread(lambda: machine.node.dadi("status"))
+        assert "taken over from the process before: 1 mounts, 2 lazy devices" in shown
+        assert machine.told()["taken over: the FUSE mount of the process before"] == 3
+        await in_thread(lambda: machine.node.dadi("umount", str(directory)))
+        assert await in_thread(machine.node.stop) == 0
+        await in_thread(lambda: wait_until(lambda: not keepers(lab.root)))
+
+
+async def test_a_keeper_that_is_killed_is_replaced_and_then_does_its_work(lab: Lab, registry: FakeRegistry) -> None:
+    directory = lab.root / "mnt0"
+    directory.mkdir()
+    async with running(lab.root / "superpeer", registry.host) as run:
+        machine = await in_thread(lambda: Machine(lab, run.url))
+        await in_thread(lambda: machine.node.dadi("mount", f"{registry.host}/team/app:0", str(directory)))
+        async with Readers(files_of([directory]), 2) as readers:
+            (first,) = keepers(lab.root)
+            os.kill(first, signal.SIGKILL)
+            said = "dadi-keeper was gone, replaced"
+            await in_thread(lambda: wait_until(lambda: said in [f["kind"] for f in machine.node.status()["fallbacks"]]))
+            assert keepers(lab.root) not in ([], [first])
+            machine.kill()
+            await in_thread(machine.start)
+            before = readers.reads
+            await until(lambda: readers.reads > before + 20)
+        assert (readers.failed, readers.wrong) == ([], [])
+        await in_thread(lambda: machine.node.dadi("umount", str(directory)))
+
+
+async def test_a_process_that_hangs_in_the_kernel_after_it_was_killed_does_not_keep_the_next_from_serving(
+    lab: Lab, registry: FakeRegistry
+) -> None:
+    """Its unmount waits for reads that only the next process answers, and it has its locks until then."""
+    directory = lab.root / "mnt0"
+    directory.mkdir()
+    async with running(lab.root / "superpeer", registry.host) as run:
+        machine = await in_thread(lambda: Machine(lab, run.url))
+        await in_thread(lambda: machine.node.dadi("mount", f"{registry.host}/team/app:0", str(directory)))
+    await in_thread(lambda: begin_to_read(directory / "data"))
+    await in_thread(lambda: wait_until(lambda: machine.node.status()["waiting"]["for_upstream"] > 0))
+    umount = asyncio.ensure_future(in_thread(lambda: machine.node.dadi("umount", str(directory), check=False)))
+    await in_thread(lambda: wait_until(lambda: not kernel.is_mounted(directory)))
+    killed = machine.node.popen
+    machine.kill()
+    stat = Path(f"/proc/{killed.pid}/stat")
+    await in_thread(lambda: wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z"))
+    assert killed.poll() is None, "its unmount hangs: this is what the test is about"
+    await in_thread(machine.start)
+    assert [e["still_dying"] for e in machine.node.events() if e["event"].startswith("taken over")] == [True]
+    async with running(lab.root / "superpeer", registry.host, port=int(run.url.rpartition(":")[2])):
+        assert await in_thread(lambda: killed.wait(60)) == -signal.SIGKILL
+        await umount  # it hung up with its node
+        await in_thread(lambda: wait_until(lambda: machine.node.status()["mounts"] == [] == loops_below(lab.root)))
+        assert list((machine.node.state / "mounts").iterdir()) == []
+        assert await in_thread(machine.node.stop) == 0
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    """In a thread: what is looked at takes its time."""
+    while not true():
+        time.sleep(0.1)
+
+
+def keepers(root: Path) -> list[int]:
+    """Return the keepers below a directory."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit():
+                command = (entry / "cmdline").read_bytes().split(b"\0")
+                if any(part.endswith(b"keeper/process.py") for part in command):
+                    found += [int(entry.name)] * any(part.startswith(os.fsencode(root)) for part in command)
+    return found

@@ -1,0 +1,99 @@
+"""Many nodes pull one image the plain way at once, each through the registry proxy in its own `dadi-node`.
+
+Real processes, Debian's registry, hosts of their own behind links of 100 Mbit/s. The image is new to everybody: the
+superpeer gets it while they wait.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.lab.cleanup import Lab, leak_check
+from tests.lab.crowd import Crowd, Member, Setting
+from tests.lab.crowd_image import NAME, Material, material
+from tests.lab.pulling import Pulled, Pulls
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.programs("docker-registry", "skopeo", "ip", "tc", "nsenter", "unshare"),
+    pytest.mark.timeout(120),
+]
+
+ALL, SOME = 20, 8
+PORT = 7072
+PROXY = f'[backfill]\nenabled = false\n[proxy]\nenabled = true\nlisten = "127.0.0.1:{PORT}"\n'
+
+
+@pytest.fixture(scope="module")
+def base() -> Iterator[Path]:
+    # not pytest's own: the path of a unix socket must not be longer than 107 bytes
+    with tempfile.TemporaryDirectory(prefix="plain") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture(scope="module")
+def image(base: Path) -> Iterator[Material]:
+    with Lab("image", base) as lab:
+        yield material(lab.root, size=16 << 20, indexed=False)
+
+
+@contextmanager
+def crowd(base: Path, image: Material, nodes: int, **settings: object) -> Iterator[Crowd]:
+    """Enter with all daemons ready; afterwards nothing is left of them."""
+    with leak_check(base) as leaks:
+        with (
+            Lab("plain", base) as lab,
+            Crowd(lab, image, Setting(nodes=nodes, node_sections=PROXY, **settings)) as started,
+        ):
+            yield started
+    assert leaks.found == []
+
+
+def pulls(started: Crowd, members: list[Member]) -> Pulls:
+    """Let all of them pull; what the superpeer sends is counted from now on."""
+    started.served_before = [superpeer.host.traffic() for superpeer in started.superpeers if superpeer.host]
+    name, _, tag = NAME.rpartition(":")
+    return Pulls([member.host for member in members], PORT, name, tag, started.registry.host)
+
+
+def wrong(found: dict[str, Pulled], image: Material) -> list[str]:
+    """Return a line for each pull that failed, or is not the whole image."""
+    layers = {layer.blob.digest: layer.blob.size for layer in image.image.layers}
+    return [f"{name}: {pulled.errors or pulled.blobs}" for name, pulled in found.items()
+            if pulled.errors or not layers.items() <= pulled.blobs.items()]  # fmt: skip
+
+
+def test_one_copy_leaves_the_registry_and_a_few_the_superpeer(base: Path, image: Material) -> None:
+    with crowd(base, image, ALL, racks=4) as started:
+        found = pulls(started, started.members).wait()
+        assert wrong(found, image) == []
+        assert started.registry_copies() == pytest.approx(1.0, abs=0.01)
+        copies = started.superpeer_copies()
+        assert 1.0 <= copies <= 4.0, "1.14 where processors have time; who waits too long for a parent asks there too"
+        status = started.members[0].status()
+        assert status["proxy"]["served"]["bytes"] >= image.image.compressed_size
+        kinds = {row["kind"] for member in started.members for row in member.status()["fallbacks"]}
+        assert "no chunk table in time, original streamed" not in kinds
+
+
+def test_a_peer_is_killed_in_the_middle_and_no_pull_fails(base: Path, image: Material) -> None:
+    with crowd(base, image, SOME) as started:
+        going = pulls(started, started.members)
+        parents: list[Member] = []
+
+        def somebody_is_a_parent() -> bool:
+            parents[:] = [member for member in started.members if member.status()["peers"]["served"]["children"]]
+            return bool(parents) and any(0 < member.stored() < image.size for member in parents)
+
+        started.wait_for(somebody_is_a_parent, 30, "a node has given something to another")
+        victim = next(member for member in parents if 0 < member.stored() < image.size)
+        victim.node.kill()
+        found = going.wait()
+        assert found.pop(victim.host.name).errors, "it was in the middle"
+        assert wrong(found, image) == []
+        assert started.registry_copies() == pytest.approx(1.0, abs=0.01)

@@ -1,0 +1,44 @@
+"""Prefetch jobs on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dadi.prefetch.life import State
+from dadi.prefetch.messages import Job, Lacking, Request, canonical, job_id
+from superpeer.job_store import JobStore
+
+
+def job(name: str = "nginx", created: float = 1.0) -> Job:
+    request = canonical(Request(name, "linux/amd64", rate=5.0))
+    return Job(id=job_id(request), request=request, created=created, state=State.WARMING,
+               lacking=[Lacking("layer", "sha256:1", 5, ((0, 3),))],
+               error={"error": "internal", "message": "m", "hint": None})  # fmt: skip
+
+
+async def test_jobs_are_read_as_they_were_written_oldest_first(tmp_path: Path) -> None:
+    store = JobStore(tmp_path / "prefetch")
+    assert await store.load() == []
+    jobs = [job("b", 2.0), job("a", 3.0), job("c", 1.0)]
+    for each in jobs:
+        await store.save(each)
+    assert await JobStore(tmp_path / "prefetch").load() == [jobs[2], jobs[0], jobs[1]]
+    await store.remove(jobs[0])
+    assert [each.created for each in await store.load()] == [1.0, 3.0]
+
+
+async def test_damaged_files_and_jobs_under_another_name_are_thrown_away(tmp_path: Path) -> None:
+    store = JobStore(tmp_path)
+    good = job()
+    await store.save(good)
+    (tmp_path / "0123456789ab.json").write_bytes((tmp_path / f"{good.id}.json").read_bytes())
+    (tmp_path / "damaged.json").write_bytes(b'{"id": "x')
+    (tmp_path / "zeros.json").write_bytes(bytes(100))
+    assert await store.load() == [good]
+    assert [path.name for path in tmp_path.iterdir()] == [f"{good.id}.json"]
+
+
+async def test_a_directory_that_cannot_be_written_stops_nobody(tmp_path: Path) -> None:
+    store = JobStore(tmp_path / "gone" / "deeper")
+    await store.save(job())
+    assert not (tmp_path / "gone").exists()
