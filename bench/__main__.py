@@ -14,7 +14,9 @@ from bench import harness
 from tests.lab import images
 from tests.lab.cleanup import Interrupted, signals_as_exceptions, sweep
 
-NAMES = ("first_line", "first_time", "containers", "indexing", "fuse_hits", "after_swap", "memory", "directory")
+NAMES = ("first_line", "first_time", "containers", "indexing", "fuse_hits", "after_swap", "memory", "directory",
+         "proxy", "serving", "crowd",
+         "startup_trace")
 
 
 @click.command()
