@@ -213,11 +213,12 @@ class Mounts:
     async def _fetch(self, record: MountRecord, holds: contextlib.ExitStack, *, starts: bool = False) -> ImageIndex:
         """Have the image index and all of the metadata here, held: EROFS must never wait for them."""
         index = await self.metadata.index(record.answer)
-        if starts and not record.layers:
-            self.on_start(index)
         if record.layers:
             index = await self.metadata.prefix(index, record.layers, holds)
         await self.metadata.hold(record.answer, index, holds)
+        if starts and not record.layers:
+            # Not sooner: what is replayed could take the room that the metadata needs.
+            self.on_start(index)
         return index
 
     async def _attach(self, record: MountRecord, index: ImageIndex, *, recorded: bool = False) -> Mount:
