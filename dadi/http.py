@@ -135,6 +135,8 @@ async def events(response: aiohttp.ClientResponse) -> AsyncIterator[Event]:
 
 # ---- server
 
+_BEGUN = web.RequestKey("begun", bool)
+
 
 @web.middleware
 async def errors_as_json(
@@ -144,6 +146,7 @@ async def errors_as_json(
     try:
         return await handler(request)
     except DadiError as error:
+        cut_if_begun(request, error)
         headers = {}
         if isinstance(error, Unavailable) and error.retry_after is not None:
             headers["Retry-After"] = str(int(error.retry_after + 1))
@@ -155,9 +158,27 @@ async def errors_as_json(
     except Exception as error:
         if hung_up(request, error):
             raise ConnectionResetError("the reader has gone") from None
+        cut_if_begun(request, error)
         log.exception("a fault of ours", method=request.method, path=request.path)
         fields = {"error": "internal", "message": "a fault of ours; the log has its trace", "hint": None}
         return web.json_response(fields, status=500)
+
+
+async def mark_begun(request: web.Request, response: web.StreamResponse) -> None:
+    """Remember that an answer has begun; for `on_response_prepare` of every application of ours."""
+    request[_BEGUN] = True
+
+
+def cut_if_begun(request: web.Request, error: BaseException) -> None:
+    """Cut the connection if an answer has begun: what is sent now would be taken for the rest of its body.
+
+    Raises ConnectionResetError then.
+    """
+    if _BEGUN in request:
+        log.error("cut an answer off", path=request.path, why=repr(error))
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError("an answer failed in the middle") from None
 
 
 def hung_up(request: web.Request, error: BaseException) -> bool:
@@ -190,7 +211,9 @@ async def stream_events(request: web.Request, work: AsyncIterator[Event]) -> web
 
 def application() -> web.Application:
     """Return an application with our error translation and small request bodies."""
-    return web.Application(middlewares=[errors_as_json], client_max_size=1 << 20)
+    app = web.Application(middlewares=[errors_as_json], client_max_size=1 << 20)
+    app.on_response_prepare.append(mark_begun)
+    return app
 
 
 async def serve_tcp(app: web.Application, listen: str, tls: Tls | None = None) -> tuple[web.AppRunner, str]:

@@ -24,7 +24,7 @@ import structlog
 from aiohttp import HttpVersion10, web
 
 from dadi import digest as digests
-from dadi import metrics
+from dadi import http, metrics
 from dadi.errors import (
     AccessDenied,
     DadiError,
@@ -82,11 +82,15 @@ class Front:
             _check_shape(request)
             return await self._answer(request, route)
         except DadiError as error:
+            http.cut_if_begun(request, error)
             self.requests["unauthorized" if isinstance(error, LoginRequired) else "refused"] += 1
             return _problem(error, route)
         except (web.HTTPException, ConnectionResetError):
             raise
-        except Exception:
+        except Exception as error:
+            if http.hung_up(request, error):
+                raise ConnectionResetError("the client has gone") from None
+            http.cut_if_begun(request, error)
             log.exception("a fault of ours", method=request.method, path=request.path)
             return _errors("UNKNOWN", "a fault of ours; the log has its trace", None, 500)
 
@@ -154,6 +158,7 @@ class Front:
 def create(front: Front, upstream: Upstream, fallbacks: Fallbacks) -> web.Application:
     """Return the application."""
     app = web.Application(client_max_size=1 << 20, handler_args={"max_field_size": _MAX_HEADER})
+    app.on_response_prepare.append(http.mark_begun)
 
     def statistics() -> dict[str, Any]:
         return {**front.statistics(), **upstream.statistics(), "fallbacks": fallbacks.statistics()}

@@ -1,7 +1,8 @@
 """Prefetch jobs over HTTP. Only routes and translation; the messages are in `dadi/prefetch/messages.py`.
 
 Who may: as for `/v1/images`, the registry must let the caller (`Dadi-Registry-Authorization`; nothing: anybody) read
-the image's repository. A sibling shows a token that names the image's manifest instead. The list has the jobs of images
+the image's repository. A sibling shows a token for siblings instead; to look at a job a token that names the image's
+manifest will do. The list has the jobs of images
 that anybody may have, and with `?registry=HOST`, for which the credentials are then meant, those of that registry that
 the caller may have. The credentials are shown to the registry for this question and not kept; what is fetched is
 fetched with the superpeer's own. No address in any message is ever asked.
@@ -50,9 +51,12 @@ class PrefetchServer:
 
     async def _submit(self, request: web.Request) -> web.Response:
         wanted = decode_request(await request.read())
-        await self._check(request, wanted.reference, wanted.manifest)
-        if wanted.manifest and AUTHORIZATION not in request.headers and self._asks:
-            raise TokenRefused("only siblings say what an image is: leave the manifest out")
+        if wanted.manifest and self._who_may is not None and self._asks:
+            if AUTHORIZATION not in request.headers:
+                raise TokenRefused("only siblings say what an image is: leave the manifest out")
+            await self._who_may.gate.admit_sibling(request.headers)
+        else:
+            await self._check(request, wanted.reference, "")
         return _json(await self._prefetcher.submit(wanted))
 
     async def _list(self, request: web.Request) -> web.Response:
@@ -105,11 +109,11 @@ class PrefetchServer:
             yield {"event": "job", **msgspec.to_builtins(now)}
 
     async def _cancel(self, request: web.Request) -> web.Response:
-        job = await self._found(request)
+        job = await self._found(request, changes=True)
         return _json(await self._prefetcher.cancel(job.id))
 
     async def _retry(self, request: web.Request) -> web.Response:
-        job = await self._found(request)
+        job = await self._found(request, changes=True)
         return _json(await self._prefetcher.retry(job.id))
 
     async def _verify(self, request: web.Request) -> web.Response:
@@ -122,11 +126,11 @@ class PrefetchServer:
         readiness = await self._prefetcher.shares.readiness(asked.reference, asked.platform, scope)  # type: ignore[arg-type]
         return _json(readiness)
 
-    async def _found(self, request: web.Request) -> Job:
-        """Return the job in the path, if the caller may have its image."""
+    async def _found(self, request: web.Request, *, changes: bool = False) -> Job:
+        """Return the job in the path, if the caller may have its image; a node's token `changes` nothing."""
         job = self._prefetcher.find(request.match_info["id"])
         try:
-            await self._check(request, job.request.reference, job.manifest_digest)
+            await self._check(request, job.request.reference, "" if changes else job.manifest_digest)
         except AccessDenied as error:
             hint = "name the image instead of the job: its credentials are shown then"
             raise AccessDenied(error.message, hint=hint) from None

@@ -329,8 +329,7 @@ class Warming:
                 async with (
                     siblings.superpeers.asking(url),
                     http.request(siblings.session, "POST", f"{url}/v1/prefetch", "telling a sibling of a job",
-                                 data=msgspec.json.encode(request),
-                                 headers=siblings.headers(self._job.manifest_digest)),
+                                 data=msgspec.json.encode(request), headers=siblings.list_headers()),
                 ):  # fmt: skip
                     return
             except DadiError as error:

@@ -93,8 +93,8 @@ class Mounts:
         self.metadata = Metadata(store, upstream, fallbacks, on_index)
         self.predecessor_is_dying: Callable[[], bool] = lambda: False
         """Whether calls of an earlier process, which was killed, may still be in the kernel."""
-        self.on_start: Callable[[ImageIndex], None] = lambda index: None
-        """Told of an image that is being mounted, all of it and not again, as early as its index is known."""
+        self.on_start: Callable[[ImageIndex, asyncio.Event], None] = lambda index, made: None
+        """Told of an image that is being mounted, all of it and not again, as soon as its metadata is here."""
 
     def __repr__(self) -> str:
         return f"Mounts({len(self._mounts)})"
@@ -199,26 +199,32 @@ class Mounts:
     async def _make(self, record: MountRecord) -> Mount:
         with self._alone(record.directory):
             self._check_free(record.directory)
+            made = asyncio.Event()
             with contextlib.ExitStack() as holds:
-                index = await self._fetch(record, holds, starts=True)
+                holds.callback(made.set)
+                index = await self._fetch(record, holds, made)
                 lost, _ = self._lost.get(record.directory, (None, ""))
                 while lost is not None and await self._still_stands(lost):
                     await in_kernel(kernel.umount, record.directory, detach=True)
                 mount = await self._attach(record, index)
+                made.set()
                 mount.holds = holds.pop_all()
             if lost is not None:
                 await self._end_left()  # its devices are not wanted any more
             return mount
 
-    async def _fetch(self, record: MountRecord, holds: contextlib.ExitStack, *, starts: bool = False) -> ImageIndex:
-        """Have the image index and all of the metadata here, held: EROFS must never wait for them."""
+    async def _fetch(self, record: MountRecord, holds: contextlib.ExitStack,
+                     made: asyncio.Event | None = None) -> ImageIndex:  # fmt: skip
+        """Have the image index and all of the metadata here, held: EROFS must never wait for them.
+
+        `made`: the image is about to be started; set when it is mounted.
+        """
         index = await self.metadata.index(record.answer)
         if record.layers:
             index = await self.metadata.prefix(index, record.layers, holds)
         await self.metadata.hold(record.answer, index, holds)
-        if starts and not record.layers:
-            # Not sooner: what is replayed could take the room that the metadata needs.
-            self.on_start(index)
+        if made is not None and not record.layers:
+            self.on_start(index, made)
         return index
 
     async def _attach(self, record: MountRecord, index: ImageIndex, *, recorded: bool = False) -> Mount:

@@ -69,8 +69,11 @@ class Startups:
     def __repr__(self) -> str:
         return f"Startups({len(self._tasks)} under way)"
 
-    def begin(self, index: ImageIndex) -> None:
-        """An image is being mounted, and will be started."""
+    def begin(self, index: ImageIndex, made: asyncio.Event) -> None:
+        """An image is being mounted, and will be started.
+
+        `made`: set when it is mounted. What is replayed sooner could take the room on the disk that the mount needs.
+        """
         manifest = index.manifest_digest
         if not self._config.enabled or manifest in self._tasks:
             return
@@ -81,7 +84,7 @@ class Startups:
         if not lacking:
             return
         window = self.recorder.open(watched) if watched else None
-        task = self._tasks[manifest] = asyncio.create_task(self._start(manifest, lacking, window))
+        task = self._tasks[manifest] = asyncio.create_task(self._start(manifest, lacking, window, made))
         task.add_done_callback(lambda done: self._ended(manifest, done))
 
     def _ended(self, manifest: str, task: asyncio.Task[None]) -> None:
@@ -90,12 +93,13 @@ class Startups:
             log.error("a startup trace failed", manifest=manifest, why=repr(error))
             self._fallbacks.note("startup trace failed", f"{manifest}: {error!r}")
 
-    async def _start(self, manifest: str, blobs: dict[str, Blob], window: Window | None) -> None:
+    async def _start(self, manifest: str, blobs: dict[str, Blob], window: Window | None, made: asyncio.Event) -> None:
         replay, found = None, None
         try:
             if self._config.replay and (found := await self._trace(manifest)) is not None:
                 replay = Replay(found[1], found[0], blobs, self._store, self._chain, self._fallbacks,
                                 seen=lambda: window.chunks if window else ())  # fmt: skip
+                await made.wait()
                 await self._replayed(manifest, replay, window)
             if window is not None:
                 await window.closed.wait()

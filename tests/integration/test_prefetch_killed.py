@@ -64,6 +64,16 @@ def asked_bytes(registry: FakeRegistry, layers: list[str]) -> int:
     return total
 
 
+async def until_kept(url: str, size: int) -> None:
+    """Wait until the superpeer's store holds so many bytes."""
+    async with http.client(connect=1.0) as session:
+        while True:
+            async with http.request(session, "GET", f"{url}/v1/status", "asking") as response:
+                if (await response.json())["store"]["bytes"] >= size:
+                    return
+            await asyncio.sleep(0.01)
+
+
 async def test_a_job_survives_the_superpeer_and_the_command_that_began_it(
     tmp_path: Path, registry: FakeRegistry
 ) -> None:
@@ -86,6 +96,8 @@ async def test_a_job_survives_the_superpeer_and_the_command_that_began_it(
             async with asyncio.timeout(60):
                 while not all(registry.asked(f"/blobs/{digest}", "GET") for digest in layers):
                     await asyncio.sleep(0.01)
+                # as they came and unpacked: nothing of the other layers is under way any more
+                await until_kept(url, sum(map(len, [*made.layers[:-1], *TARS[:-1]])))
             command.send_signal(signal.SIGKILL)
             superpeer.send_signal(signal.SIGKILL)
             await asyncio.gather(command.wait(), superpeer.wait())

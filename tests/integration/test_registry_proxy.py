@@ -16,6 +16,7 @@ import aiohttp
 import pytest
 
 from dadi import digest as digests
+from dadi.blobs import serving
 from dadi.oci import media_types
 from dadi.oci.config import RegistryConfig
 from dadi.oci.reference import Reference
@@ -477,3 +478,18 @@ async def test_a_stalled_stream_from_a_registry_opens_nothing_that_comes_from_an
                 assert (await proxy.get(path, headers=basic("u", "p")))[1] == LAYER, "not held up by the other"
                 async with proxy.session.get(theirs) as again:
                     assert await again.content.readexactly(5) == b"xxxxx"
+
+
+async def test_an_answer_that_fails_in_the_middle_is_cut_off_and_nothing_is_taken_for_its_rest(
+    proxy: RunningProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await proxy.get(BLOB)
+
+    async def broken(*arguments: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(serving, "send_file", broken)
+    with pytest.raises(aiohttp.ClientError):
+        await proxy.get(BLOB, headers={"Range": f"bytes=0-{serving.FIRST_PART + 39}"})
+    monkeypatch.undo()
+    assert (await proxy.get(BLOB))[1] == LAYER

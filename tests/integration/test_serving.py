@@ -10,7 +10,9 @@ import aiohttp
 import pytest
 import zstandard
 
+from dadi.blobs import serving
 from dadi.blobs.serving import Compressor
+from dadi.errors import NotFound
 from dadi.index.chunks import blob_of
 from tests.contracts.store import content
 from tests.fakes.registry import FakeRegistry
@@ -139,3 +141,21 @@ async def test_when_the_processors_are_busy_ranges_go_as_they_are(tmp_path: Path
         both = [compressor.range(blob, opened.fileno(), at, CHUNK) for at in (0, CHUNK)]
         first, second = await asyncio.gather(*both)
         assert (first is None, second is None) == (False, True)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), NotFound("it has gone")])
+async def test_an_answer_that_fails_in_the_middle_is_cut_off_and_nothing_is_taken_for_its_rest(
+    tmp_path: Path, registry: FakeRegistry, layers: list[bytes], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    async def broken(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(serving, "send_file", broken)
+    async with running(tmp_path, registry.host, authorization="open") as run, aiohttp.ClientSession() as session:
+        index = await run.index(f"{registry.host}/team/app:1")
+        url = f"{run.url}/v1/blobs/{index.layers[0].diff_id}"
+        # so few bytes are left that the head of another answer would fill them
+        async with session.get(url, headers={"Range": f"bytes=0-{serving.FIRST_PART + 39}"}) as response:
+            assert response.status == 206
+            with pytest.raises(aiohttp.ClientError):
+                await response.read()

@@ -69,7 +69,9 @@ class Node:
                     answer = image_answer(event)
         self.index = image_index.decode(await self.client.whole(answer.index_digest, answer.index_size))
         self.marks = {blob.digest: bytearray(blob.table.count) for blob in self.index.device_blobs()}
-        self.startups.begin(self.index)
+        mounted = asyncio.Event()
+        mounted.set()
+        self.startups.begin(self.index, mounted)
 
     async def run(self, order: Iterable[Chunk]) -> None:
         """Read as a program does, one after the other, through a kernel that asks once."""

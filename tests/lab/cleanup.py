@@ -91,6 +91,8 @@ class Lab:
                 mine = str(self.root)
                 _clean([self.root], lambda environment: environment.get("DADI_LAB_ROOT") == mine, self.patience)
             for child in self.children:
+                if child.poll() is None:
+                    child.terminate()  # not found by its environment: nginx writes its title over it
                 with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel: leak_check will tell
                     child.wait(5)
             self.root = Path()
