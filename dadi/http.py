@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import errno
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
 from typing import Any
 
 import aiohttp
@@ -122,7 +122,7 @@ async def _error_of(response: aiohttp.ClientResponse, what: str) -> DadiError:
     return Unavailable(text, retry_after=retry_after, hint=error.hint if error else unknown)
 
 
-async def events(response: aiohttp.ClientResponse) -> AsyncIterator[Event]:
+async def events(response: aiohttp.ClientResponse) -> AsyncGenerator[Event, None]:
     """Yield the events of long work up to and with "done"; raise its error, or Unavailable if it ends without."""
     reader = EventReader(str(response.url))
     async for piece in response.content.iter_any():
@@ -187,11 +187,11 @@ def hung_up(request: web.Request, error: BaseException) -> bool:
     return isinstance(error, ConnectionResetError) or (isinstance(error, ConnectionError) and gone)
 
 
-async def stream_events(request: web.Request, work: AsyncIterator[Event]) -> web.StreamResponse:
+async def stream_events(request: web.Request, work: AsyncGenerator[Event, None]) -> web.StreamResponse:
     """Answer with the events of `work`, then "done" or its error."""
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
     await response.prepare(request)
-    async with contextlib.aclosing(work):  # type: ignore[type-var]  # an async generator in fact
+    async with contextlib.aclosing(work):
         try:
             async for event in work:
                 await response.write(msgspec.json.encode(event) + b"\n")

@@ -40,9 +40,9 @@ from dadi.fallbacks import Fallbacks
 from dadi.oci.reference import Reference, parse_registry
 from dadi.originals import caller as callers
 from dadi.originals import serving
+from dadi.originals.config import FrontConfig
 from dadi.originals.documents import Document
 from registry_proxy import paths
-from registry_proxy.config import FrontConfig
 from registry_proxy.paths import Kind, Route
 from registry_proxy.upstream import Upstream
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 
 from dadi.config import SECONDS, SIZE, described
 from dadi.log import LogLevel
 from dadi.oci.config import RegistryConfig
-from dadi.originals.config import OriginalsConfig
+from dadi.originals.config import FrontConfig, OriginalsConfig
 from dadi.tls import TlsConfig
 
 
@@ -19,21 +19,6 @@ class StoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limit: Annotated[
         int, described("how much disk blobs may take; the least recently used go first; 0: no limit", SIZE, at_least=0)
     ] = 0
-
-
-class FrontConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the proxy answers its clients; the part that does not depend on where bytes come from."""
-
-    upstream: Annotated[
-        str, described("the registry of requests that name none, neither by ?ns= nor as the path's first part")
-    ] = "docker.io"
-    uploads: Annotated[
-        Literal["refuse", "pass"], described("what is pushed: refused, or passed on to the registry")
-    ] = "refuse"
-    login: Annotated[
-        bool,
-        described("answer /v2/ as the upstream does: clients that only look there then show their credentials"),
-    ] = False
 
 
 class ProxyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

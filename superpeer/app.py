@@ -22,7 +22,7 @@ Who may is said in `who_may.py`: images and tokens ask for registry credentials,
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from functools import partial
 from typing import Any
 
@@ -142,7 +142,7 @@ def create(superpeer: Superpeer, who_may: WhoMay | None = None) -> web.Applicati
     return app
 
 
-async def resolving(superpeer: Superpeer, reference: str, platform: str) -> AsyncIterator[Event]:
+async def resolving(superpeer: Superpeer, reference: str, platform: str) -> AsyncGenerator[Event, None]:
     """Yield the events of resolving an image, up to and with "image"; raise what it raises."""
     found = superpeer.resolve(reference, platform)
     while not found.task.done():
@@ -156,7 +156,7 @@ async def resolving(superpeer: Superpeer, reference: str, platform: str) -> Asyn
 async def resolving_for(
     superpeer: Superpeer, who_may: WhoMay, shared: SharedLayers, credential: str | None, reference: str,
     platform: str, address: str = "",
-) -> AsyncIterator[Event]:  # fmt: skip
+) -> AsyncGenerator[Event, None]:  # fmt: skip
     """Do as `resolving`, if the registry accepts the caller's credential; the event "image" then has tokens."""
     ref = Reference.parse(reference)
     grant = await who_may.check(ref, credential, address)

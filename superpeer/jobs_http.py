@@ -11,8 +11,8 @@ fetched with the superpeer's own. No address in any message is ever asked.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import get_args
+from collections.abc import AsyncGenerator
+from typing import cast, get_args
 
 import msgspec
 from aiohttp import web
@@ -104,7 +104,7 @@ class PrefetchServer:
             return _json(job)
         return await http.stream_events(request, self._events(job))
 
-    async def _events(self, job: Job) -> AsyncIterator[Event]:
+    async def _events(self, job: Job) -> AsyncGenerator[Event, None]:
         async for now in self._prefetcher.follow(job.id):
             yield {"event": "job", **msgspec.to_builtins(now)}
 
@@ -118,12 +118,12 @@ class PrefetchServer:
 
     async def _verify(self, request: web.Request) -> web.Response:
         query = request.query
-        scope = query.get("scope", "full")
+        scope = cast("Scope", query.get("scope", "full"))
         if scope not in get_args(Scope):
             raise InvalidRequest(f"{scope[:20]!r} is no scope", hint=f"one of {', '.join(get_args(Scope))}")
         asked = canonical(Request(query.get("reference", ""), query.get("platform", "")))
         await self._check(request, asked.reference, "")
-        readiness = await self._prefetcher.shares.readiness(asked.reference, asked.platform, scope)  # type: ignore[arg-type]
+        readiness = await self._prefetcher.shares.readiness(asked.reference, asked.platform, scope)
         return _json(readiness)
 
     async def _found(self, request: web.Request, *, changes: bool = False) -> Job:

@@ -260,14 +260,20 @@ async def _send_encrypted(
             piece = await loop.run_in_executor(None, os.pread, fd, step, offset)
         if not piece:
             raise ConnectionResetError("the file is shorter than its blob")
-        try:
-            async with asyncio.timeout(_STALLED):
-                await response.write(piece)
-        except TimeoutError:
-            if request.transport is not None:
-                request.transport.abort()
-            raise ConnectionResetError("the reader does not read") from None
+        await write(request, response, piece)
         offset += len(piece)
+
+
+async def write(request: web.Request, response: web.StreamResponse, body: bytes | memoryview) -> None:
+    """Write; raise ConnectionResetError if the reader has gone, or does not read."""
+    try:
+        async with asyncio.timeout(_STALLED):
+            await response.write(body)
+    except TimeoutError:
+        # Somebody who asks and does not read would hold the answer for ever.
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError("the reader does not read") from None
 
 
 def cached(fd: int, offset: int, length: int) -> memoryview | None:

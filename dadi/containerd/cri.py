@@ -85,7 +85,7 @@ def _credentials(auth: Any) -> Credentials | None:
     return Credentials(registry_token=auth.registry_token) if auth.registry_token else None
 
 
-class ImageProxy(grpc.GenericRpcHandler):  # type: ignore[misc]
+class ImageProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
     """See the head of this file. Made in the event loop that serves it."""
 
     def __init__(self, containerd: str, pulls: PullSecrets, fallbacks: Fallbacks) -> None:

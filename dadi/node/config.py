@@ -9,6 +9,7 @@ import msgspec
 from dadi.config import RATE, SECONDS, SIZE, described
 from dadi.log import LogLevel
 from dadi.oci.config import CredentialsConfig, RegistryConfig
+from dadi.originals.config import FrontConfig
 from dadi.tls import TlsConfig
 
 
@@ -120,23 +121,13 @@ class PeersConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = "registry"
 
 
-class ProxyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ProxyConfig(FrontConfig, frozen=True, forbid_unknown_fields=True):
     """A mirror of any registry, for engines without the plugin; as `dadi-registry-proxy`, over this node's store."""
 
     enabled: Annotated[bool, described("serve plain pulls")] = False
     listen: Annotated[str, described("address and port for container engines; port 0 takes a free one")] = (
         "127.0.0.1:7072"
     )
-    upstream: Annotated[
-        str, described("the registry of requests that name none, neither by ?ns= nor as the path's first part")
-    ] = "docker.io"
-    uploads: Annotated[
-        Literal["refuse", "pass"], described("what is pushed: refused, or passed on to the registry")
-    ] = "refuse"
-    login: Annotated[
-        bool,
-        described("answer /v2/ as the upstream does: clients that only look there then show their credentials"),
-    ] = False
 
 
 class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
 import msgspec
@@ -134,7 +134,7 @@ def normalized(directory: str) -> str:
     return os.path.normpath(directory)
 
 
-async def inspecting(node: Node, image: str, platform: str, files: bool) -> AsyncIterator[Event]:
+async def inspecting(node: Node, image: str, platform: str, files: bool) -> AsyncGenerator[Event, None]:
     """Yield the events of `GET /v1/inspect`."""
     answer = None
     async for event in node.upstream.resolve(image, platform):
@@ -154,7 +154,7 @@ async def inspecting(node: Node, image: str, platform: str, files: bool) -> Asyn
             yield event
 
 
-async def _layer(node: Node, index: ImageIndex, number: int, files: bool) -> AsyncIterator[Event]:
+async def _layer(node: Node, index: ImageIndex, number: int, files: bool) -> AsyncGenerator[Event, None]:
     layer = index.layers[number]
     data = await node.upstream.whole(layer.index_digest, layer.index_size)
     entries = (await asyncio.to_thread(layer_index.decode, data)).entries

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
@@ -101,7 +101,7 @@ class Mounts:
 
     # ---- mounting
 
-    async def mount(self, reference: str, directory: str, platform: str) -> AsyncIterator[Event]:
+    async def mount(self, reference: str, directory: str, platform: str) -> AsyncGenerator[Event, None]:
         """Mount an image at a normalised path; yield "progress" events, at last "mounted" with its row of the status.
 
         Raises NotFound, Conflict, what upstream raises, and what the kernel refuses.

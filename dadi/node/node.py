@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class EmbeddedSuperpeer:
     def __repr__(self) -> str:
         return f"EmbeddedSuperpeer({self._superpeer!r})"
 
-    async def resolve(self, reference: str, platform: str) -> AsyncIterator[Event]:
+    async def resolve(self, reference: str, platform: str) -> AsyncGenerator[Event, None]:
         """See `Upstream`."""
         async for event in resolving(self._superpeer, reference, platform):
             yield event

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,9 @@ class PeeredUpstream:
     def __repr__(self) -> str:
         return f"PeeredUpstream({self._client!r}, {self.source!r})"
 
-    async def resolve(self, reference: str, platform: str) -> AsyncIterator[Event]:
+    async def resolve(self, reference: str, platform: str) -> AsyncGenerator[Event, None]:
         """See `Upstream`."""
-        async with contextlib.aclosing(self._client.resolve(reference, platform)) as events:  # type: ignore[type-var]
+        async with contextlib.aclosing(self._client.resolve(reference, platform)) as events:
             async for event in events:
                 yield event
 

@@ -30,7 +30,7 @@ from dadi.originals.client import Superpeers
 from dadi.peers.superpeer import SuperpeerClient
 from dadi.peers.tokens import ImageTokens
 from dadi.tls import Tls
-from registry_proxy.config import FrontConfig, ProxyConfig
+from registry_proxy.config import ProxyConfig
 from registry_proxy.proxy import Proxy
 from registry_proxy.upstream import Shared, Upstream
 
@@ -96,7 +96,7 @@ class PlainPulls:
         config, wanted, fallbacks = node.config, node.config.proxy, node.fallbacks
         made = ProxyConfig(
             listen=wanted.listen, state=str(Path(config.state) / "proxy"), registry=config.registry,
-            front=FrontConfig(upstream=wanted.upstream, uploads=wanted.uploads, login=wanted.login),
+            front=wanted,
         )  # fmt: skip
         proxy = await Proxy.start(made, node.store, fallbacks, upstream=_upstream(node))
         proxying = cls(config, proxy, node.tls, fallbacks)

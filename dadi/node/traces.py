@@ -66,7 +66,7 @@ async def _shown(node: Node, answer: ImageAnswer) -> dict[str, Any]:
 
 
 async def _resolved(node: Node, image: str, platform: str) -> ImageAnswer:
-    async with contextlib.aclosing(node.upstream.resolve(image, platform)) as events:  # type: ignore[type-var]
+    async with contextlib.aclosing(node.upstream.resolve(image, platform)) as events:
         async for event in events:
             if event.get("event") == "image":
                 return image_answer(event)

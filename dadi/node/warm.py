@@ -150,7 +150,7 @@ class Warmer:
         """Bring what is wanted; return the manifest's digest."""
         answer = None
         resolving = self._upstream.resolve(wish.reference, wish.platform)
-        async with contextlib.aclosing(resolving) as events:  # type: ignore[type-var]
+        async with contextlib.aclosing(resolving) as events:
             async for event in events:
                 if event.get("event") == "image":
                     answer = image_answer(event)

@@ -1,8 +1,8 @@
-"""What can be set of keeping originals, in the superpeer's and in the proxy's configuration."""
+"""What can be set of originals and of giving them out: for superpeer, proxy, and a node that embeds one."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -32,3 +32,18 @@ class OriginalsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     most_records: Annotated[
         int, described("how many tags, manifests and places of blobs are remembered; the oldest go first", at_least=1)
     ] = 50_000
+
+
+class FrontConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the proxy answers its clients; the part that does not depend on where bytes come from."""
+
+    upstream: Annotated[
+        str, described("the registry of requests that name none, neither by ?ns= nor as the path's first part")
+    ] = "docker.io"
+    uploads: Annotated[
+        Literal["refuse", "pass"], described("what is pushed: refused, or passed on to the registry")
+    ] = "refuse"
+    login: Annotated[
+        bool,
+        described("answer /v2/ as the upstream does: clients that only look there then show their credentials"),
+    ] = False

@@ -6,7 +6,6 @@ bytes than Content-Length promised, which every client takes for a failure.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Mapping
@@ -14,14 +13,12 @@ from collections.abc import Mapping
 import structlog
 from aiohttp import web
 
-from dadi.blobs.serving import send
+from dadi.blobs.serving import send, write
 from dadi.errors import DadiError
 from dadi.originals import byte_range
 from dadi.originals.original import Original, Part
 
 log = structlog.get_logger()
-_STALLED = 60.0
-"""Seconds that a write may take before its reader is given up."""
 
 
 async def respond(request: web.Request, digest: str, original: Original, headers: Mapping[str, str],
@@ -74,10 +71,4 @@ async def _send(request: web.Request, response: web.StreamResponse, part: Part) 
     if part.data is None:
         await send(request, response, part.fd, part.offset, part.length)
         return
-    try:
-        async with asyncio.timeout(_STALLED):
-            await response.write(part.data)
-    except TimeoutError:
-        if request.transport is not None:
-            request.transport.abort()
-        raise ConnectionResetError("the reader does not read") from None
+    await write(request, response, part.data)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import TypeVar
 
 from dadi.blobs.source import Source, Urgency
@@ -31,7 +31,7 @@ T = TypeVar("T")
 class Resolver:
     """Resolves again; shared by all that read. `resolve` as of `Upstream`; `tokens` know which image has a blob."""
 
-    def __init__(self, resolve: Callable[[str, str], AsyncIterator[Event]], tokens: Tokens, fallbacks: Fallbacks,
+    def __init__(self, resolve: Callable[[str, str], AsyncGenerator[Event, None]], tokens: Tokens, fallbacks: Fallbacks,
                  clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
         self._resolve = resolve
         self._tokens = tokens
@@ -72,7 +72,7 @@ class Resolver:
         return True
 
     async def _run(self, reference: str, platform: str) -> None:
-        async with contextlib.aclosing(self._resolve(reference, platform)) as events:  # type: ignore[type-var]
+        async with contextlib.aclosing(self._resolve(reference, platform)) as events:
             async for _ in events:
                 pass
 

@@ -32,7 +32,7 @@ from dadi import digest as digests
 from dadi import http
 from dadi.blobs.chain import Chain
 from dadi.blobs.disk import DiskBlobs
-from dadi.blobs.serving import requested, send, urgency_of
+from dadi.blobs.serving import requested, send, urgency_of, write
 from dadi.blobs.single_flight import runs
 from dadi.blobs.source import Urgency
 from dadi.errors import DadiError, InvalidRequest, NotFound, Unavailable
@@ -43,7 +43,7 @@ from dadi.peers.frames import Frames, packed
 from dadi.peers.gate import OPEN, Doorman
 from dadi.peers.line import PEER, TRY, WAITING
 from dadi.peers.pressure import Pressure
-from dadi.peers.streaming import ChunkStream, write
+from dadi.peers.streaming import ChunkStream
 from dadi.peers.upload import Upload, child_of
 from dadi.wire import error_fields
 

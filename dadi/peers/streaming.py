@@ -7,12 +7,10 @@ written by it next. So the first record is never sent that way; nor is anything 
 
 from __future__ import annotations
 
-import asyncio
-
 from aiohttp import web
 
 from dadi.blobs.disk import DiskBlobs
-from dadi.blobs.serving import FIRST_PART, cached, send_file
+from dadi.blobs.serving import FIRST_PART, cached, send_file, write
 from dadi.errors import DadiError, NotFound
 from dadi.index.chunks import Blob
 from dadi.peers import stream
@@ -69,15 +67,3 @@ class ChunkStream(web.StreamResponse):
     async def _record(self, record: bytes) -> None:
         await write(self._asked, self, record)
         self._begun = True
-
-
-async def write(request: web.Request, response: web.StreamResponse, body: bytes) -> None:
-    """Write; raise ConnectionResetError if the reader has gone, or does not read."""
-    try:
-        async with asyncio.timeout(_STALLED):
-            await response.write(body)
-    except TimeoutError:
-        # Somebody who asks and does not read would hold the answer for ever.
-        if request.transport is not None:
-            request.transport.abort()
-        raise ConnectionResetError("the reader does not read") from None

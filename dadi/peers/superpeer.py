@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -57,7 +57,7 @@ class Upstream(Protocol):
 
     source: Source
 
-    def resolve(self, reference: str, platform: str) -> AsyncIterator[Event]:
+    def resolve(self, reference: str, platform: str) -> AsyncGenerator[Event, None]:
         """Yield "progress" events and at last one "image" event (the fields of `ImageAnswer`).
 
         Raises what the superpeer says; Unavailable if none answers within seconds.
@@ -130,7 +130,7 @@ class SuperpeerClient:
                 del self._machines[gone]
         return machine
 
-    async def resolve(self, reference: str, platform: str) -> AsyncIterator[Event]:
+    async def resolve(self, reference: str, platform: str) -> AsyncGenerator[Event, None]:
         """See `Upstream`."""
         caller = await self.access.caller(reference)
         while True:

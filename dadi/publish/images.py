@@ -10,7 +10,7 @@ Everything after `select` goes by digest: what becomes of the tag meanwhile chan
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 import msgspec
@@ -254,8 +254,3 @@ async def _image(source: ImageSource, entry: Descriptor, raw: bytes, manifest: M
         raise DigestMismatch(f"{source.name}: its config has {len(config)} bytes, not {manifest.config.size}")
     parsed = manifests.parse_config(config, manifest)
     return SourceImage(entry, raw, manifest, config, parsed.platform, parsed.diff_ids)
-
-
-def platforms_of(images: Iterable[SourceImage]) -> str:
-    """Return their platforms as people read them."""
-    return ", ".join(str(image.platform) or "no platform" for image in images)

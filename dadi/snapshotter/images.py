@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-from dadi.errors import Unsupported
-
 
 class LazyImage(NamedTuple):
     """An image that can be lazy. `key`: the digest of its image index; `chain_ids`: of each prefix of its layers."""
@@ -58,27 +56,3 @@ class LazyImages(Protocol):
     async def keep_only(self, keys: set[str]) -> None:
         """Forget all other images but those that were resolved a short time ago: their snapshots may be to come."""
         ...
-
-
-class NoImages:
-    """Nothing is lazy: a plain overlay snapshotter."""
-
-    async def resolve(self, reference: str, manifest_digest: str | None, layer_digests: list[str]) -> LazyImage:
-        """Raise Unsupported."""
-        raise Unsupported("this snapshotter has no lazy images")
-
-    async def mount(
-        self, key: str, layers: int, reference: str = "", manifest: str | None = None, chain_id: str = ""
-    ) -> str:
-        """Raise Unsupported."""
-        raise Unsupported("this snapshotter has no lazy images")
-
-    async def release(self, key: str, layers: int) -> None:
-        """Do nothing."""
-
-    async def usage(self, key: str, layer: int) -> int:
-        """Return 0."""
-        return 0
-
-    async def keep_only(self, keys: set[str]) -> None:
-        """Do nothing."""

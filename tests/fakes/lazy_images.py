@@ -9,7 +9,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from dadi.errors import Conflict, DadiError, NotFound
+from dadi.errors import Conflict, DadiError, NotFound, Unsupported
 from dadi.snapshotter.images import LazyImage
 
 Layer = dict[str, bytes | None]
@@ -127,3 +127,27 @@ def labels_for(chain_id: str, reference: str = "", manifest: str = "", layers: t
         labels["containerd.io/snapshot/cri.layer-digest"] = layers[0]
         labels["containerd.io/snapshot/cri.image-layers"] = ",".join(layers)
     return labels
+
+
+class NoImages:
+    """Nothing is lazy: a plain overlay snapshotter."""
+
+    async def resolve(self, reference: str, manifest_digest: str | None, layer_digests: list[str]) -> LazyImage:
+        """Raise Unsupported."""
+        raise Unsupported("this snapshotter has no lazy images")
+
+    async def mount(
+        self, key: str, layers: int, reference: str = "", manifest: str | None = None, chain_id: str = ""
+    ) -> str:
+        """Raise Unsupported."""
+        raise Unsupported("this snapshotter has no lazy images")
+
+    async def release(self, key: str, layers: int) -> None:
+        """Do nothing."""
+
+    async def usage(self, key: str, layer: int) -> int:
+        """Return 0."""
+        return 0
+
+    async def keep_only(self, keys: set[str]) -> None:
+        """Do nothing."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +16,11 @@ from aiohttp import web
 
 from dadi.errors import DadiError
 from dadi.oci.credentials import Credentials
-from dadi.oci.reference import Reference
 from dadi.peers import shown
 from dadi.peers.gate import Gate
 from dadi.peers.tokens import Tokens
 from tests.fakes.registry import FakeRegistry, status
+from tests.lab.access import Clock, Node
 from tests.lab.services import PLATFORM, Running, running, tar_of
 
 PASSWORD = "canary-password-7c1e"
@@ -61,22 +60,6 @@ def ears() -> Iterator[Ears]:
     structlog.configure(processors=[listen], cache_logger_on_first_use=False)
     yield ears
     structlog.configure(**before)
-
-
-class Node:
-    def __init__(self, credentials: Credentials | None) -> None:
-        self.credentials = credentials
-
-    async def credential(self, reference: Reference) -> Credentials | None:
-        return self.credentials
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.ahead = 0.0
-
-    def __call__(self) -> float:
-        return time.time() + self.ahead
 
 
 class Echoing(FakeRegistry):

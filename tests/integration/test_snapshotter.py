@@ -16,10 +16,10 @@ import pytest
 from dadi.errors import Conflict, DadiError
 from dadi.fallbacks import Fallbacks
 from dadi.snapshotter import service
-from dadi.snapshotter.images import LazyImages, NoImages
+from dadi.snapshotter.images import LazyImages
 from dadi.snapshotter.snapshots import Snapshots
 from tests.contracts.snapshots import Client, Code, SnapshotFilesContract, SnapshotsContract, fails, mounted
-from tests.fakes.lazy_images import FakeImages, labels_for
+from tests.fakes.lazy_images import FakeImages, NoImages, labels_for
 
 
 @contextlib.asynccontextmanager

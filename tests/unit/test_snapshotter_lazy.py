@@ -17,11 +17,10 @@ from structlog.testing import capture_logs
 from dadi.errors import AlreadyExists, InvalidRequest, NotFound, StoreFull, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.snapshotter.db import Database
-from dadi.snapshotter.images import NoImages
 from dadi.snapshotter.lazy_layers import NOT_LAZY
 from dadi.snapshotter.model import Kind, LazyLayer, Usage
 from dadi.snapshotter.snapshots import Snapshots
-from tests.fakes.lazy_images import FakeImages, Layer, chain_ids, labels_for, sha
+from tests.fakes.lazy_images import FakeImages, Layer, NoImages, chain_ids, labels_for, sha
 
 REF = "registry.example/team/app:1"
 LAYERS: list[Layer] = [{"a": b"1", "gone": b"x"}, {"gone": None, "b": b"22"}, {"c": b"333"}]
