@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 
 import hypothesis
@@ -38,6 +40,14 @@ def _why_not_root() -> str | None:
         if not os.access(path, os.R_OK | os.W_OK):
             return f"needs {path}"
     return None
+
+
+@pytest.fixture(autouse=True, scope="session")
+def grpc_is_not_shut_down_between_tests() -> None:
+    """Hold gRPC's event loop thread: the collector would end it, and wait for it, in the middle of any later test."""
+    if "grpc" in sys.modules:
+        cygrpc = importlib.import_module("grpc._cython.cygrpc")
+        cygrpc.init_grpc_aio()
 
 
 @pytest.fixture(autouse=True)
