@@ -20,8 +20,9 @@ import pytest
 
 from tests.lab import images
 from tests.lab.cleanup import Lab, leak_check
+from tests.lab.containerd import Containerd
 from tests.lab.cri import Cri, host_pod, pause_image
-from tests.lab.processes import LabFailed, Process
+from tests.lab.processes import LabFailed
 from tests.lab.registry import DockerRegistry
 from tests.system.test_lazy_containers import Machine, wait_until
 
@@ -43,54 +44,32 @@ time.sleep(1000)
 """
 
 
-class Containerd(Process):
-    """containerd with what `dadi containerd-config --cri` prints, and what a machine without Internet needs."""
+def containerd_of(lab: Lab, machine: Kubernetes) -> Containerd:
+    """Return containerd with what `dadi containerd-config --cri` prints, and what a machine without Internet needs."""
+    command = [sys.executable, "-m", "dadi.cli", "containerd-config", "--cri",
+               "--socket", str(machine.snapshotter), "--root", str(machine.state)]  # fmt: skip
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT,
+                             env={**lab.environment, "PYTHONPATH": str(REPOSITORY)}).stdout  # fmt: skip
+    hosts = lab.root / "hosts" / machine.registry.host
+    hosts.mkdir(parents=True, exist_ok=True)
+    (hosts / "hosts.toml").write_text(f'server = "http://{machine.registry.host}"\n')
+    cri, cni = 'plugins."io.containerd.grpc.v1.cri"', lab.root / "containerd/cni"
+    config = (
+        f'{printed}\n[{cri}]\nsandbox_image = "{machine.pause}"\nstats_collect_period = 1\n'
+        "restrict_oom_score_adj = true\n"  # below our own it may not go without CAP_SYS_RESOURCE
+        f'[{cri}.cni]\nbin_dir = "{cni}"\nconf_dir = "{cni}"\n[{cri}.registry]\nconfig_path = "{hosts.parent}"\n'
+        f'[{cri}.containerd.runtimes.runc]\nruntime_type = "io.containerd.runc.v2"\n'
+        f'[{cri}.containerd.runtimes.runc.options]\nRoot = "{lab.root / "runc"}"\n'
+    )
+    containerd = Containerd(lab, config=config, tidy=True, cri=True, namespace="k8s.io")
 
-    def __init__(self, lab: Lab, machine: Kubernetes) -> None:
-        self._lab = lab
-        self.directory = lab.root / "containerd"
-        self.directory.mkdir(exist_ok=True)
-        self.socket = self.directory / "sock"
-        self.hosts = lab.root / "hosts"
-        config = self.directory / "config.toml"
-        config.write_text(self._config(machine))
-        super().__init__(lab, "containerd", ["containerd", "--config", str(config)])
-        self.wait_until(self._ready)
-
-    def _config(self, machine: Kubernetes) -> str:
-        command = [sys.executable, "-m", "dadi.cli", "containerd-config", "--cri",
-                   "--socket", str(machine.snapshotter), "--root", str(machine.state)]  # fmt: skip
-        printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT,
-                                 env={**self._lab.environment, "PYTHONPATH": str(REPOSITORY)}).stdout  # fmt: skip
-        hosts = self.hosts / machine.registry.host
-        hosts.mkdir(parents=True, exist_ok=True)
-        (hosts / "hosts.toml").write_text(f'server = "http://{machine.registry.host}"\n')
-        cri = 'plugins."io.containerd.grpc.v1.cri"'
-        return (
-            f'root = "{self.directory / "root"}"\nstate = "{self.directory / "state"}"\n'
-            f'disabled_plugins = ["io.containerd.internal.v1.opt"]\n{printed}\n[grpc]\naddress = "{self.socket}"\n'
-            f'[{cri}]\nsandbox_image = "{machine.pause}"\nstats_collect_period = 1\n'
-            "restrict_oom_score_adj = true\n"  # below our own it may not go without CAP_SYS_RESOURCE
-            f'[{cri}.cni]\nbin_dir = "{self.directory / "cni"}"\nconf_dir = "{self.directory / "cni"}"\n'
-            f'[{cri}.registry]\nconfig_path = "{self.hosts}"\n'
-            f'[{cri}.containerd.runtimes.runc]\nruntime_type = "io.containerd.runc.v2"\n'
-            f'[{cri}.containerd.runtimes.runc.options]\nRoot = "{self._lab.root / "runc"}"\n'
-            '[plugins."io.containerd.gc.v1.scheduler"]\nstartup_delay = "10ms"\nschedule_delay = "0ms"\n'
-            "deletion_threshold = 1\n"
-        )
-
-    def _ready(self) -> bool:
-        with contextlib.suppress(LabFailed), Cri(self.socket) as cri:
-            return self.socket.exists() and cri.conditions()["RuntimeReady"]
+    def ready() -> bool:
+        with contextlib.suppress(LabFailed), Cri(containerd.socket) as client:
+            return client.conditions()["RuntimeReady"]
         return False
 
-    def ctr(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        command = ["ctr", "--address", str(self.socket), "--namespace", "k8s.io", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=self._lab.environment,
-                              timeout=TIMEOUT, stdin=subprocess.DEVNULL)  # fmt: skip
-        if check and done.returncode != 0:
-            raise LabFailed(f"ctr {' '.join(arguments)}: {done.stderr.strip()}\n{self.tail()}")
-        return done
+    containerd.wait_until(ready)
+    return containerd
 
 
 class Kubernetes(Machine):
@@ -108,7 +87,7 @@ class Kubernetes(Machine):
         self._superpeers = [] if backfill else [self._superpeer()]
         self.node = self._node()
         self.state, self.snapshotter = self.node.state, self.node.socket.parent / "snapshotter.sock"
-        self.containerd: Any = Containerd(lab, self)
+        self.containerd = containerd_of(lab, self)
         self.logs = lab.root / "pod-logs"
         self.logs.mkdir()
 
@@ -134,14 +113,14 @@ class Kubernetes(Machine):
 
     def restart_containerd(self) -> None:
         self.containerd.stop()
-        self.containerd = Containerd(self.lab, self)
+        self.containerd = containerd_of(self.lab, self)
 
     def restart_all(self) -> None:
         """The node, which has no time to end, and containerd; pods go on."""
         self.containerd.stop()
         self.node.kill()
         self.node = self._node()
-        self.containerd = Containerd(self.lab, self)
+        self.containerd = containerd_of(self.lab, self)
 
     def remove_all(self, cri: Cri, *pods: str) -> None:
         """Remove pods, with the containers that are in them, and both images."""

@@ -112,7 +112,7 @@ def test_a_pull_secret_makes_a_private_image_lazy_and_shows_nowhere(
         machine.containerd.stop()
         with pytest.raises(LabFailed, match=r"ListImagesRequest: UNAVAILABLE: dadi-node cannot reach containerd at"):
             cri.images()
-        machine.containerd = test_cri.Containerd(lab, machine)
+        machine.containerd = test_cri.containerd_of(lab, machine)
         wait_until(lambda: answers(cri))
         with pytest.raises(LabFailed, match="PullImageRequest"):
             cri.pull(machine.reference, pod)

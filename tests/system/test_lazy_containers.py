@@ -22,6 +22,7 @@ import pytest
 
 from tests.lab import images
 from tests.lab.cleanup import Lab, leak_check
+from tests.lab.containerd import Containerd
 from tests.lab.processes import LabFailed, Node, Process
 from tests.lab.registry import DockerRegistry
 
@@ -54,33 +55,9 @@ while True:
 NAMESPACE = f"lazy-{os.getpid()}"
 
 
-class Containerd(Process):
-    """containerd with the node's socket as the proxy plugin `dadi`."""
-
-    def __init__(self, lab: Lab, snapshotter: Path) -> None:
-        self._lab = lab
-        self.directory = lab.root / "containerd"
-        self.directory.mkdir(exist_ok=True)
-        self.socket = self.directory / "sock"
-        config = self.directory / "config.toml"
-        config.write_text(
-            f'version = 2\nroot = "{self.directory / "root"}"\nstate = "{self.directory / "state"}"\n'
-            'disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]\n'
-            f'[grpc]\naddress = "{self.socket}"\n'
-            f'[proxy_plugins.dadi]\ntype = "snapshot"\naddress = "{snapshotter}"\n'
-            '[plugins."io.containerd.gc.v1.scheduler"]\nstartup_delay = "10ms"\nschedule_delay = "0ms"\n'
-            "deletion_threshold = 1\n"
-        )
-        super().__init__(lab, "containerd", ["containerd", "--config", str(config)])
-        self.wait_until(lambda: self.socket.exists() and self.ctr("version", check=False).returncode == 0)
-
-    def ctr(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        command = ["ctr", "--address", str(self.socket), "--namespace", NAMESPACE, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=self._lab.environment,
-                              timeout=TIMEOUT, stdin=subprocess.DEVNULL)  # fmt: skip
-        if check and done.returncode != 0:
-            raise LabFailed(f"ctr {' '.join(arguments)}: {done.stderr.strip()}\n{self.tail()}")
-        return done
+def containerd_of(lab: Lab, snapshotter: Path) -> Containerd:
+    """Return containerd with the node's socket as the proxy plugin `dadi`."""
+    return Containerd(lab, snapshotter=snapshotter, tidy=True, namespace=NAMESPACE)
 
 
 class Machine:
@@ -94,7 +71,7 @@ class Machine:
         self.reference = f"{registry.host}/host/python:latest"
         self._superpeers = [] if backfill else [self._superpeer()]
         self.node = self._node()
-        self.containerd = Containerd(lab, self.node.socket.parent / "snapshotter.sock")
+        self.containerd = containerd_of(lab, self.node.socket.parent / "snapshotter.sock")
 
     def _superpeer(self) -> str:
         with socket.socket() as free:
@@ -268,7 +245,7 @@ def test_local_images_and_their_containers_live_through_restarts_without_the_reg
     machine.start_node_again()
     assert machine.mounts() == before
     machine.containerd.stop()
-    machine.containerd = Containerd(lab, machine.node.socket.parent / "snapshotter.sock")
+    machine.containerd = containerd_of(lab, machine.node.socket.parent / "snapshotter.sock")
     assert machine.containerd.ctr("task", "exec", "--exec-id", "e3", "c1", "cat", "/tmp/f").stdout == "written"
     machine.end("c1")
 
