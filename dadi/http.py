@@ -188,9 +188,12 @@ def hung_up(request: web.Request, error: BaseException) -> bool:
 
 
 async def stream_events(request: web.Request, work: AsyncGenerator[Event, None]) -> web.StreamResponse:
-    """Answer with the events of `work`, then "done" or its error."""
+    """Answer with the events of `work`, then "done" or its error; to HEAD without any, and without the work."""
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
     await response.prepare(request)
+    if request.method == "HEAD":  # events would be read as the next answer's head
+        await work.aclose()
+        return response
     async with contextlib.aclosing(work):
         try:
             async for event in work:
