@@ -64,6 +64,11 @@ def load(cls: type[T], path: str | Path | None, overrides: dict[str, Any] | None
     for key, value in (overrides or {}).items():
         if value is not None:
             data[key] = value
+    return converted(data, cls, where)
+
+
+def converted(data: dict[str, Any], cls: type[T], where: str) -> T:
+    """Return the configuration that a parsed TOML document means; raise ConfigError naming `where` and the key."""
     try:
         return msgspec.convert(_with_units(data, cls, ""), cls)
     except msgspec.ValidationError as error:

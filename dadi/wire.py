@@ -38,7 +38,7 @@ def error_in(body: bytes) -> DadiError | None:
     """Return the error that a response's body holds; None if it holds none of ours."""
     try:
         fields = _decoder.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     ours = isinstance(fields.get("error"), str) and isinstance(fields.get("message"), str)
     return error_from(fields) if ours else None
@@ -60,7 +60,7 @@ class EventReader:
         for line in lines:
             try:
                 event = _decoder.decode(line)
-            except (msgspec.MsgspecError, UnicodeDecodeError):
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
                 raise Unavailable(f"{self._where} sent what is no event: {line[:100]!r}") from None
             if event.get("event") == "error":
                 raise error_from(event)

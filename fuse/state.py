@@ -55,7 +55,7 @@ def decode(text: bytes) -> State:
             raise Unsupported(f"the FUSE mount was left by a dadi-node whose state has version {version}; this one "
                               f"knows version {VERSION}", hint=_HINT)  # fmt: skip
         state = msgspec.json.decode(text, type=State)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(f"what is kept about the FUSE mount is damaged: {error}", hint=_HINT) from None
     if state.max_read <= 0 or state.max_read % wire.PAGE or state.max_read > 64 << 20 or state.major != wire.MAJOR:
         raise Malformed(f"what is kept about the FUSE mount cannot be: {state}", hint=_HINT)

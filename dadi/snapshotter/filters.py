@@ -13,6 +13,7 @@ Fields: name, parent, kind (view, active, committed), labels.KEY. A filter that 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 
 from dadi.errors import InvalidRequest
@@ -66,7 +67,8 @@ def _selector(path: tuple[str, ...], operator: str, value: str) -> Filter:
             return lambda info: (_field(info, path) or "") != value
         case "~=":
             try:
-                found = re.compile(value).search
+                with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of Python, in Go's syntax
+                    found = re.compile(value).search
             except (re.error, OverflowError, RecursionError):
                 return lambda info: False  # as containerd does
             return lambda info: found(_field(info, path) or "") is not None
