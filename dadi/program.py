@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import resource
 import signal
 import sys
@@ -15,6 +16,7 @@ import structlog
 
 from dadi import __version__, config, log
 from dadi.errors import DadiError
+from dadi.notify import notify
 
 logger = structlog.get_logger()
 
@@ -45,11 +47,21 @@ def daemon(
 
 async def _until_stopped(name: str, loaded: Any, serve: Callable[[Any, asyncio.Event], Awaitable[None]]) -> None:
     _raise_descriptor_limit()
+    faulthandler.enable(sys.__stderr__ or 2)  # systemd's watchdog ends us by SIGABRT: where did the loop stand?
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def stopping() -> None:
+        notify.stopping()
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    await serve(loaded, stop)
+        loop.add_signal_handler(number, stopping)
+    living = asyncio.create_task(notify.live())
+    try:
+        await serve(loaded, stop)
+    finally:
+        living.cancel()
     logger.info("stopped", program=name)
 
 

@@ -194,7 +194,7 @@ class Device:
             into, reply = views.get(length) or view(length)
             try:
                 return reply if preadv(node.fd, into, offset, node.flags) == length else None
-            except BlockingIOError:
+            except OSError:  # not in memory, or not readable: others find out
                 return None
 
         return hit

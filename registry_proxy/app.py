@@ -1,6 +1,6 @@
 """The proxy's HTTP: the pull side of the OCI distribution API, and the one place where its error JSON is written.
 
-    GET       /healthz, /metrics, /v1/status        as our other programs
+    GET       /healthz, /metrics, /v1/status        as our other programs; numbers only, no name of an image or registry
     GET, HEAD /v2/…                                 see `paths.py`; `?ns=` names the registry
     others    /v2/…                                 405 UNSUPPORTED, or passed on to the registry (`uploads.py`)
 
@@ -51,6 +51,8 @@ _VERSION = {"Docker-Distribution-API-Version": "registry/2.0"}
 _MAX_HEADER = 32 << 10
 """Bytes of one header: tokens of some registries have more than the 8 KiB that are usual."""
 _ONCE = ("Authorization", "Host", "Range", "Content-Length", "Transfer-Encoding", "If-Range")
+_MAX_TYPE = 255
+_PUSHES = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _STALE = '110 - "Response is Stale", 111 - "Revalidation Failed"'
 
 Forward = Callable[[web.Request, Reference, Route], Awaitable[web.StreamResponse]]
@@ -100,7 +102,7 @@ class Front:
             return await self._base(request, ns)
         repository = paths.repository(route.name, ns, self._default)
         if request.method not in ("GET", "HEAD") or route.kind is Kind.UPLOAD:
-            if self._config.uploads == "pass":
+            if self._config.uploads == "pass" and request.method in _PUSHES:
                 _check_identifier(repository, route)
                 return await self._forward(request, repository, route)
             return _errors("UNSUPPORTED", "this is a mirror: push to the registry itself", None, 405,
@@ -123,7 +125,9 @@ class Front:
             case _:
                 subject = repository.at(digests.parse(route.identifier))
                 artifact_type = _one(request, "artifactType") or ""
-                found = await self._upstream.referrers(subject, artifact_type[:200], caller)
+                if len(artifact_type) > _MAX_TYPE or not artifact_type.isprintable():
+                    raise InvalidRequest("artifactType is not a media type")
+                found = await self._upstream.referrers(subject, artifact_type, caller)
                 headers = {"OCI-Filters-Applied": "artifactType"} if artifact_type else {}
                 return self._document(request, found, more=headers)
 
@@ -167,13 +171,21 @@ def create(front: Front, upstream: Upstream, fallbacks: Fallbacks) -> web.Applic
         return web.Response(text="ok\n")
 
     async def status(request: web.Request) -> web.Response:
-        return web.json_response(statistics())
+        counts = statistics()
+        rows = [{"kind": row["kind"], "count": row["count"]} for row in counts.pop("fallbacks")]
+        return web.json_response({**_numbers(counts), "fallbacks": rows})
 
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/v1/status", status)
     app.router.add_get("/metrics", metrics.handler("dadi_registry_proxy", statistics))
     app.router.add_route("*", "/{path:.*}", front.handle)
     return app
+
+
+def _numbers(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the numbers of a tree of counts: texts and lists name images and registries, and anybody may ask."""
+    return {name: _numbers(value) if isinstance(value, dict) else value for name, value in tree.items()
+            if isinstance(value, dict | bool | int | float)}  # fmt: skip
 
 
 # ---- what is read of a request

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import structlog
 
-from dadi import http, program
+from dadi import http, program, state_version
 from dadi.blobs.disk import DiskBlobs
 from dadi.fallbacks import Fallbacks
+from dadi.notify import notify
 from registry_proxy.config import ProxyConfig
 from registry_proxy.proxy import Proxy
 
@@ -18,13 +19,14 @@ log = structlog.get_logger()
 
 async def serve(config: ProxyConfig, stop: asyncio.Event) -> None:
     """Run a proxy until `stop` is set."""
-    store = await asyncio.to_thread(lambda: DiskBlobs(Path(config.state) / "store", limit=config.store.limit))
+    store = await asyncio.to_thread(_open, Path(config.state), config.store.limit)
     try:
         proxy = await Proxy.start(config, store, Fallbacks())
         try:
             runner, address = await http.serve_tcp(proxy.application(), config.listen, proxy.tls)
             try:
                 log.info("registry proxy is ready", address=address, upstream=repr(proxy.upstream))
+                notify.ready()
                 await stop.wait()
             finally:
                 await runner.cleanup()
@@ -32,6 +34,12 @@ async def serve(config: ProxyConfig, stop: asyncio.Event) -> None:
             await proxy.close()
     finally:
         await store.close()
+
+
+def _open(state: Path, limit: int) -> DiskBlobs:
+    state.mkdir(parents=True, exist_ok=True)
+    state_version.check(state)
+    return DiskBlobs(state / "store", limit=limit)
 
 
 main = program.daemon(

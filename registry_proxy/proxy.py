@@ -12,7 +12,6 @@ from aiohttp import web
 from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.source import Source
 from dadi.fallbacks import Fallbacks
-from dadi.oci.hosts import Hosts
 from dadi.originals.client import Superpeers
 from dadi.tls import Tls
 from registry_proxy import app
@@ -42,8 +41,7 @@ class Proxy:
         else:
             self._direct = Direct(config.registry, config.originals, Path(config.state), store, fallbacks)
             self.upstream = self._direct
-        registry = config.registry
-        self._uploads = Uploads(Hosts(registry.allowed, registry.plain_http, registry.mirrors))
+        self._uploads = Uploads(config.registry)
         self.front = Front(config.front, self.upstream, self._uploads)
         self.fallbacks = fallbacks
 

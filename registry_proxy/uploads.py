@@ -1,64 +1,64 @@
 """What is pushed, passed on to the registry: an adapter and nothing else; nothing of it is kept, nothing tried again.
 
-The client's own request goes to the registry, with its credentials and as it comes; the answer comes back. A Location
-within the registry leads to us again, so that the rest of the upload comes the same way; one that leads elsewhere is
-passed on as it is, and the client goes there by itself. (OCI distribution specification, "Push".)
+The client's own request goes to the registry, with its credentials and as it comes; the answer comes back, whole or not
+at all. A Location within the registry leads to us again, so that the rest of the upload comes the same way; one that
+leads elsewhere is passed on as it is, and the client goes there by itself: we follow nobody. Connections are those of
+`dadi/oci/transport.py`, with its rules for hosts, addresses and certificates. (OCI distribution specification, "Push".)
 """
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import AsyncIterator
 from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit
 
-import aiohttp
 from aiohttp import web
-from yarl import URL
 
-from dadi import __version__
-from dadi.errors import Malformed, Unavailable
+from dadi.errors import DadiError, InvalidRequest, Malformed
+from dadi.oci.config import RegistryConfig
 from dadi.oci.hosts import Hosts, origin_of
+from dadi.oci.outgoing import Body, SourceFailed
 from dadi.oci.reference import Reference
+from dadi.oci.retry import Clock
+from dadi.oci.transport import Transport
 from registry_proxy.paths import Kind, Route
 
-_TO_REGISTRY = ("Authorization", "Content-Type", "Content-Range", "If-Match", "Accept")
+_TO_REGISTRY = ("Content-Type", "Content-Range", "If-Match", "Accept")
 _TO_CLIENT = ("Content-Type", "Range", "Docker-Content-Digest", "Docker-Upload-UUID", "OCI-Subject", "WWW-Authenticate",
               "OCI-Chunk-Min-Length", "Retry-After", "ETag")  # fmt: skip
 _MAX_ANSWER = 1 << 20
-_STALLED = 60.0
 
 
 class Uploads:
-    """A `Forward` for `Front`. `hosts` says which registries may be contacted, and how."""
+    """A `Forward` for `Front`. `config` says which registries may be contacted, and how. Raises ConfigError."""
 
-    def __init__(self, hosts: Hosts) -> None:
-        self._hosts = hosts
-        self._session: aiohttp.ClientSession | None = None
+    def __init__(self, config: RegistryConfig) -> None:
+        self._hosts = Hosts(config.allowed, config.plain_http, config.mirrors)
+        self._transport = Transport(config, self._hosts, Clock())
 
     async def __call__(self, request: web.Request, repository: Reference, route: Route) -> web.StreamResponse:
-        """Pass a request on. Raises RegistryNotAllowed, Unavailable, Malformed."""
+        """Pass a request on. Raises RegistryNotAllowed, Unavailable, Malformed; InvalidRequest for half a body."""
         self._hosts.check_registry(repository.registry)
         base = self._hosts.base_url(repository.registry)
         url = f"{base}/v2/{repository.repository}/{_rest(route)}"
         query = [(name, value) for name, value in request.query.items() if name != "ns"]
         url += f"?{urlencode(query)}" if query else ""
         headers = {name: request.headers[name] for name in _TO_REGISTRY if name in request.headers}
-        body = None
-        if request.can_read_body:
-            body = request.content
-            if request.content_length is not None:
-                headers["Content-Length"] = str(request.content_length)
-        elif request.method in ("POST", "PUT", "PATCH"):
-            headers["Content-Length"] = "0"
         try:
-            async with self._open().request(request.method, URL(url, encoded=True), headers=headers, data=body,
-                                            allow_redirects=False) as response:  # fmt: skip
-                raw = await response.content.read(_MAX_ANSWER)
-                found = {name: response.headers[name] for name in _TO_CLIENT if name in response.headers}
-                if location := response.headers.get("Location"):
+            async with self._transport.open(
+                request.method, url, headers, authorization=request.headers.get("Authorization"),
+                body=_body_of(request), follow=False,
+            ) as answer:  # fmt: skip
+                found = {name: answer.headers[name] for name in _TO_CLIENT if name in answer.headers}
+                if location := answer.headers.get("Location"):
                     found["Location"] = self._location(location, url, base, request, repository)
-                return web.Response(status=response.status, body=raw, headers=found)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise Unavailable(f"{repository.registry} did not take it: {type(error).__name__}") from None
+                raw = b""
+                if request.method != "HEAD":
+                    raw = await answer.body(_MAX_ANSWER, f"what {repository.registry} says of what was pushed")
+                return web.Response(status=answer.status, body=raw, headers=found)
+        except SourceFailed as failed:
+            if isinstance(failed.error, DadiError):
+                raise failed.error from None
+            raise InvalidRequest(f"what is pushed was cut off: {type(failed.error).__name__}") from None
 
     def _location(self, location: str, url: str, base: str, request: web.Request, repository: Reference) -> str:
         target = urljoin(url, location)
@@ -74,21 +74,20 @@ class Uploads:
         query += [("ns", request.query["ns"])] if "ns" in request.query else []
         return f"{name}/{parts.path.removeprefix(own)}" + (f"?{urlencode(query)}" if query else "")
 
-    def _open(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=_STALLED)
-            self._session = aiohttp.ClientSession(
-                timeout=timeout, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False,
-                headers={"User-Agent": f"dadi/{__version__}"},
-            )  # fmt: skip
-        return self._session
-
     async def close(self) -> None:
         """Close connections."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
-            await asyncio.sleep(0)
+        await self._transport.close()
+
+
+def _body_of(request: web.Request) -> Body | None:
+    if not request.can_read_body:
+        return Body(0, b"") if request.method in ("POST", "PUT", "PATCH") else None
+
+    async def pieces() -> AsyncIterator[bytes]:
+        async for piece in request.content.iter_any():
+            yield piece
+
+    return Body(request.content_length, pieces)
 
 
 def _rest(route: Route) -> str:

@@ -85,7 +85,7 @@ class Shared:
 
     async def challenge(self, registry: str) -> str | None:
         """See `Upstream`."""
-        return await self.registry.challenge(registry)
+        return await self.originals.challenge(registry)
 
     def statistics(self) -> dict[str, Any]:
         """See `Upstream`."""

@@ -64,7 +64,7 @@ def create(superpeer: Superpeer, who_may: WhoMay | None = None) -> web.Applicati
         app.on_cleanup.append(lambda app: shared.close())
     blobs = BlobServer(superpeer, Compressor(cache=superpeer.config.compressed_cache), gate, learn=superpeer.learn)
     peers = Peers(superpeer.config.peers, gate=gate)
-    originals = OriginalServer(superpeer.originals, superpeer.registry, who_may)
+    originals = OriginalServer(superpeer.originals, who_may)
     siblings = SiblingServer(superpeer.store, superpeer.catalog, superpeer.shown, gate)
     if superpeer.siblings:
         app.cleanup_ctx.append(partial(_catching_up, superpeer.siblings))

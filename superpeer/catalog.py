@@ -74,6 +74,8 @@ class Catalog:
         """Whether a repository has shown that it has a layer (`shown_layers.py`)."""
         self.on_adopted: Callable[[Layer], None] = lambda layer: None
         """Told of each layer of an image that was taken over from a sibling."""
+        self.is_pinned: Callable[[ImageRecord], bool] = lambda record: False
+        """Whether a record stays, however long nobody has used it (`jobs_pins.py`)."""
         self._proven: set[tuple[str, str]] = set()
         """Indexes from registries (`found_index`) that were checked against whole layers since the start."""
         self._held: dict[str, contextlib.ExitStack] = {}
@@ -98,7 +100,7 @@ class Catalog:
                 await self._remember(msgspec.json.decode(raw, type=ImageRecord))
             except OSError as error:
                 log.error("could not read what is known of an image", file=str(path), why=str(error))
-            except (msgspec.MsgspecError, UnicodeDecodeError, DadiError) as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, DadiError) as error:
                 log.warning("dropped what was known of an image", file=str(path), why=str(error))
                 await asyncio.to_thread(path.unlink, missing_ok=True)
 
@@ -240,10 +242,13 @@ class Catalog:
         await self._remember(record)
         await self._write(record)
         while len(self._records) > self._most:
-            await self.forget(self._least_used())
+            least = self._least_used()
+            if least is None or least is record:  # all others are pinned
+                break
+            await self.forget(least)
         return record
 
-    def _least_used(self) -> ImageRecord:
+    def _least_used(self) -> ImageRecord | None:
         def used(key: tuple[str, str]) -> int:
             return self._asked.get(key, 0)
 
@@ -251,7 +256,8 @@ class Catalog:
         for index_digest, records in self._of_index.items():
             last = max(records, key=used)
             uses[last] = max(uses[last], self._read.get(index_digest, 0))
-        return self._records[min(uses, key=uses.__getitem__)]
+        loose = [key for key in uses if not self.is_pinned(self._records[key])]
+        return self._records[min(loose, key=uses.__getitem__)] if loose else None
 
     async def _remember(self, record: ImageRecord) -> None:
         index = self._images.get(record.index_digest)

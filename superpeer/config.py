@@ -94,6 +94,15 @@ class PrefetchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         int, described("how many steps of jobs (an image that is indexed, a few MiB) go on at a time", at_least=1)
     ] = 4
     most_jobs: Annotated[int, described("how many jobs are remembered; those that ended first go", at_least=1)] = 1000
+    keep_trying: Annotated[
+        float,
+        described("how long a job without a deadline is begun anew while its registry is away", SECONDS, at_least=0),
+    ] = 3600.0
+    operators: Annotated[
+        str,
+        described("file that says who may begin, cancel and retry jobs: lines `token sha256:HEX` and `client NAME` (of "
+                  'a TLS certificate); "": who comes over loopback'),
+    ] = ""
 
 
 class TracesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -103,6 +112,9 @@ class TracesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         1000
     )
     size: Annotated[int, described("memory for them", SIZE, at_least=1)] = 64 << 20
+    recordings: Annotated[
+        int, described("how many starts of an image nodes tell of in a minute, however many there are", at_least=1)
+    ] = 16
     drop_below: Annotated[
         float, described("a trace of which nodes read less than this share is dropped; 0: never", at_least=0)
     ] = 0.3

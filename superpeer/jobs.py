@@ -2,18 +2,20 @@
 
     submit    a new job; or the same one: under way it goes on (`messages.joined`), over it begins anew
     a task    for each job that is not over: attempts (`jobs_warm.py`), with pauses while a registry or sibling is away
-    slots     how many steps are worked on at a time, by priority; rates: `jobs_pace.py`
-    pins      the layers of a job are held while it runs, and until `pin_until` when it has succeeded: never evicted
+    slots     how many steps are worked on at a time, by priority: `jobs_pace.py`; rates: `jobs_rates.py`
+    pins      what is kept from eviction while a job runs, and until `pin_until` when it has succeeded: `jobs_pins.py`
+    secrets   credentials that came with a request are used while its job runs (`jobs_secrets.py`); after a restart a
+              job that cannot do without fails, and says that it is to be submitted again
+    patience  while a registry is away a job is begun anew, at growing intervals, until its deadline (or `keep_trying`)
     success   is what `verify` says (`jobs_ready.py`), asked at the end
 
-States are in `dadi/prefetch/life.py`, messages in `dadi/prefetch/messages.py`, HTTP in `jobs_http.py`,
-what nodes are asked to do in `jobs_nodes.py`.
+Who may do what is in `jobs_operators.py`, states in `dadi/prefetch/life.py`, messages in `dadi/prefetch/messages.py`,
+HTTP in `jobs_http.py`, what nodes are asked to do in `jobs_nodes.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -22,15 +24,19 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import structlog
 
-from dadi.errors import Conflict, DadiError, NotFound, Unavailable
+from dadi.errors import AccessDenied, Conflict, DadiError, NotFound, Unavailable
+from dadi.oci.credentials import Credentials
 from dadi.prefetch.life import Event, State, after
-from dadi.prefetch.messages import Job, Request, job_id, joined
-from dadi.prefetch.plan import Wanted
+from dadi.prefetch.messages import Job, Request, job_id, joined, patience
 from dadi.prefetch.rate import Bucket
+from dadi.prefetch.when import written
 from dadi.wire import error_fields
 from superpeer.job_store import JobStore
 from superpeer.jobs_nodes import JobNodes
+from superpeer.jobs_operators import Operators
 from superpeer.jobs_pace import PACE, Pace, Sleep, Slots
+from superpeer.jobs_pins import Pins
+from superpeer.jobs_rates import Rates
 from superpeer.jobs_ready import Shares
 from superpeer.jobs_warm import Warming
 
@@ -38,13 +44,13 @@ if TYPE_CHECKING:
     from superpeer.service import Superpeer
 
 log = structlog.get_logger()
-_TRIES = 8
-"""How often a job begins anew by itself, when somebody it needs is away."""
 _PAUSE, _LONGEST_PAUSE = 2.0, 300.0
+_CHANGES = 3
+"""How often a job begins anew because what a start reads is another thing than it was."""
 _LOOK = 0.25
 """Seconds between two looks of who follows a job."""
 _SAVE_EVERY = 5.0
-_UNPIN_EVERY = 30.0
+_SWEEP_EVERY = 30.0
 
 
 class Prefetcher:
@@ -63,30 +69,39 @@ class Prefetcher:
         self._jobs: dict[str, Job] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._telling: dict[str, list[asyncio.Task[None]]] = {}
-        self._paces: dict[str, Bucket] = {}
+        self._paces: dict[str, list[Pace]] = {}
+        """Of all attempts of a job under way: what an earlier one has begun may go on."""
+        self._reached: dict[str, int] = {}
+        """The most bytes that an attempt of a job under way has had."""
         self._shared = Bucket(config.rate, clock())
+        self.rates = Rates(lambda: self.clock())
         self._slots = Slots(config.parallel)
-        self._pins: dict[str, contextlib.ExitStack] = {}
-        self._unpinning: asyncio.Task[None] | None = None
+        self._indexing = Slots(config.parallel), Slots(4 * config.parallel)
+        """For images that are streamed: by jobs without a rate, and by those with one, which take their time."""
+        self.pins = Pins(superpeer, lambda: self.clock())
+        self.secrets = superpeer.job_secrets
+        self.operators = Operators(config.operators, superpeer.fallbacks,
+                                   open_to_all=superpeer.config.authorization == "open")  # fmt: skip
+        self._sweeping: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()
-        self._began = 0
+
+    async def start(self) -> None:
+        """Read the jobs; pin what is to be pinned, go on with what was under way. Raises ConfigError (operators)."""
+        await self.operators.load()
+        for job in await self._files.load():
+            self._jobs[job.id] = job
+            self.pins.again(job)
+            if not job.state.is_over:
+                self._happens(job, Event.AGAIN)
+                self._begin(job)
+        self._sweeping = asyncio.create_task(self._keep_sweeping())
 
     def __repr__(self) -> str:
         return f"Prefetcher({len(self._jobs)} jobs, {len(self._tasks)} under way)"
 
-    async def start(self) -> None:
-        """Read the jobs; pin what is to be pinned, go on with what was under way."""
-        for job in await self._files.load():
-            self._jobs[job.id] = job
-            if job.state is State.READY and job.request.pin_until > self.clock():
-                await self._pin_again(job)
-            elif not job.state.is_over:
-                self._happens(job, Event.AGAIN)
-                self._begin(job)
-
     # ---- what can be asked for
 
-    async def submit(self, request: Request) -> Job:
+    async def submit(self, request: Request, credentials: Credentials | None = None) -> Job:
         """Return the job that a canonical request is; it is under way then, unless a sibling's is done already."""
         async with self._changing:
             job = self._jobs.get(job_id(request))
@@ -94,29 +109,36 @@ class Prefetcher:
                 raise Unavailable(f"{len(self._tasks)} prefetch jobs are under way: no more now", retry_after=60,
                                   hint="prefetch.most_jobs in the configuration")  # fmt: skip
             if job is None:
-                job = self._jobs[job_id(request)] = Job(id=job_id(request), request=request, created=self.clock())
                 await self._forget_oldest()
+                job = self._jobs[job_id(request)] = Job(id=job_id(request), request=request, created=self.clock())
             elif not job.state.is_over:
                 job.request = joined(job.request, request)
-                if job.id in self._paces:
-                    self._paces[job.id].change(job.request.rate, self.clock())
+                self._give(job, credentials)
+                self.rates.changed(job)
                 await self._files.save(job)
                 return job
             elif request.manifest and job.state is State.READY and job.manifest_digest == request.manifest:
                 # A sibling tells of what we have done already. Not again: we would tell it, and so on.
-                job.request = msgspec.structs.replace(
-                    job.request, pin_until=max(job.request.pin_until, request.pin_until)
-                )
-                await self._pin_again(job)
+                until = max(job.request.pin_until, request.pin_until)
+                job.request = msgspec.structs.replace(job.request, pin_until=until)
+                self.pins.pin(job)
                 await self._files.save(job)
                 return job
             else:
-                job.request = request
+                # What was to be pinned stays to be.
+                pin_until = max(request.pin_until, *(pin.until for pin in job.pins), 0.0)
+                job.request = msgspec.structs.replace(request, pin_until=pin_until)
                 await self._renew(job)
             job.manifest_digest, job.top_digest = request.manifest, ""
+            self._give(job, credentials)
             await self._files.save(job)
             self._begin(job)
             return job
+
+    def _give(self, job: Job, credentials: Credentials | None) -> None:
+        if credentials is not None:
+            self.secrets.remember(job.id, job.pinned, credentials)
+            job.private = True
 
     def find(self, job: str) -> Job:
         """Return a job. Raises NotFound."""
@@ -129,16 +151,17 @@ class Prefetcher:
         return sorted(self._jobs.values(), key=lambda job: job.created)
 
     async def cancel(self, name: str) -> Job:
-        """Stop a job; what it has brought stays, until something else needs the room. Raises NotFound, Conflict."""
+        """Stop a job, or end its pins; what it has brought stays till the room is needed. Raises NotFound, Conflict."""
         async with self._changing:
             job = self.find(name)
-            self._happens(job, Event.CANCEL)
+            if not (job.state.is_over and self.pins.is_kept(job)):
+                self._happens(job, Event.CANCEL)
             await self._stop(job)
-            self._unpin(job)
+            self.pins.drop(job)
             await self._files.save(job)
             return job
 
-    async def retry(self, name: str) -> Job:
+    async def retry(self, name: str, credentials: Credentials | None = None) -> Job:
         """Begin a job that is over once more, with the image as it is now. Raises NotFound, Conflict."""
         async with self._changing:
             job = self.find(name)
@@ -147,6 +170,7 @@ class Prefetcher:
             job.request = msgspec.structs.replace(job.request, manifest="")
             await self._renew(job)
             job.manifest_digest = job.top_digest = ""
+            self._give(job, credentials)
             await self._files.save(job)
             self._begin(job)
             return job
@@ -172,6 +196,8 @@ class Prefetcher:
         job.error, job.notes, job.lacking = None, [], []
         self.nodes.forget(job)
         job.total = job.done = job.registry = job.tries = 0
+        job.failing = job.patience = 0.0
+        job.proven, job.needs_credentials, job.private = "", False, False
 
     def _begin(self, job: Job) -> None:
         task = self._tasks[job.id] = asyncio.create_task(self._run(job))
@@ -180,7 +206,11 @@ class Prefetcher:
     def _ended(self, job: Job, task: asyncio.Task[None]) -> None:
         if self._tasks.get(job.id) is task:
             del self._tasks[job.id]
-            self._paces.pop(job.id, None)
+            self.rates.end(job)
+            self.secrets.forget(job.id)
+            self._reached.pop(job.id, None)
+            for pace in self._paces.pop(job.id, ()):
+                pace.leave()  # what nobody else waits for is broken off
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a prefetch job failed by a fault of ours", job=job.id, why=repr(error))
 
@@ -197,8 +227,16 @@ class Prefetcher:
 
     async def _run(self, job: Job) -> None:
         try:
-            while not await self._attempt(job):
-                pass
+            while True:
+                given = self.secrets.given
+                try:
+                    if await self._attempt(job):
+                        break
+                except AccessDenied as error:
+                    if self.secrets.given != given and self.secrets.has(job.id):  # they came meanwhile
+                        await self._next(job, Event.AGAIN)
+                        continue
+                    raise self.secrets.refused(job, error) from None
         except DadiError as error:
             await self._failed(job, error)
         except Exception as error:
@@ -207,24 +245,25 @@ class Prefetcher:
             await self._failed(job, DadiError(f"a fault of ours, the log has its trace: {error!r}"))
 
     async def _failed(self, job: Job, error: DadiError) -> None:
-        self._unpin(job)
+        self.pins.release(job)
         job.error = error_fields(error)
         await self._next(job, Event.FAIL)
 
     async def _attempt(self, job: Job) -> bool:
         """Do all of a job; return whether it is over, False to begin anew. Raises what cannot be helped by time."""
-        now = self.clock()
-        bucket = self._paces[job.id] = Bucket(job.request.rate, now)
-        pace = Pace((self._shared, bucket), clock=self.clock, sleep=self.sleep,
-                    busy=lambda: self._superpeer.demands > 0)  # fmt: skip
+        superpeers, limited = len(await self.shares.superpeers()), job.request.rate > 0
+        bucket = self.rates.begin(job, superpeers)
+        pace = Pace((self._shared, bucket), clock=self.clock, sleep=self.sleep, priority=job.request.priority,
+                    busy=lambda: self._superpeer.demands > 0, alone=Slots(1) if limited else None)  # fmt: skip
+        self._paces.setdefault(job.id, []).append(pace)
         PACE.set(pace)
-        warming = Warming(self._superpeer, self.shares, job, pace, self._slots, clock=self.clock, sleep=self.sleep,
-                          hold=self._hold)  # fmt: skip
+        warming = Warming(self._superpeer, self.shares, job, pace, self._slots, self._indexing[limited],
+                          clock=self.clock, sleep=self.sleep, hold=self.pins.hold)  # fmt: skip
         saving = asyncio.create_task(self._keep_saving(job))
         try:
             await self._next(job, Event.BEGIN)
             rates = [rate for rate in (job.request.rate, self._config.rate) if rate]
-            await warming.resolve(min(rates, default=0.0))
+            await warming.resolve(min(rates, default=0.0), lambda: self._besides(job))
             self._tell(job, warming)
             await self._next(job, Event.RESOLVED)
             while (left := job.request.at - self.clock()) > 0:
@@ -232,40 +271,60 @@ class Prefetcher:
             job.began = self.clock()
             await self._next(job, Event.DUE)
             record = await warming.index()
-            await self._next(job, Event.INDEXED)
             # Each superpeer brings its own share now: together they keep the rate.
-            bucket.change(job.request.rate / max(1, len(await self.shares.superpeers())), self.clock())
+            self.rates.divide(job, superpeers)
+            await self._next(job, Event.INDEXED)
             await warming.warm(record)
             await self._next(job, Event.WARMED)
             readiness = await self.shares.readiness(job.request.reference, job.request.platform, job.request.scope,
                                                     manifest=job.manifest_digest)  # fmt: skip
         except Unavailable as error:
-            if job.tries >= _TRIES:
-                raise
-            job.tries += 1
-            warming.note(f"begun anew: {error.message}")
-            await self._next(job, Event.AGAIN)
-            pause = error.retry_after or min(_PAUSE * 2 ** (job.tries - 1), _LONGEST_PAUSE)
-            job.stage = f"again in {pause:.0f} s: {error.message}"
-            await self.sleep(pause)
+            await self._again(job, error)
             return False
         finally:
             saving.cancel()
             await asyncio.gather(saving, return_exceptions=True)
+        if not readiness.ready and job.request.scope == "startup" and job.tries < _CHANGES:
+            # What containers read at their start was learnt anew meanwhile.
+            job.tries += 1
+            await self._next(job, Event.AGAIN)
+            return False
         if not readiness.ready:
             job.lacking = list(readiness.lacking)
             things = "; ".join(map(str, readiness.lacking[:3]))
             message = f"{job.request.reference} is not all here after it was fetched: {things}"
             job.error = error_fields(Unavailable(message, hint="dadi prefetch retry; is the store too small?"))
-            self._unpin(job)
+            self.pins.release(job)
             await self._next(job, Event.LACKS)
             return True
         if 0 < job.request.deadline < self.clock():
             warming.note("done after its deadline")
-        if job.request.pin_until <= self.clock():
-            self._unpin(job)
+        self.pins.pin(job)
+        self.pins.release(job)
         await self._next(job, Event.VERIFIED)
         return True
+
+    def _besides(self, job: Job) -> int:
+        """Return the bytes that other jobs of the batch take from the registry, as far as that is known."""
+        batch = job.request.batch
+        others = (each for each in self._jobs.values() if each is not job and batch and each.request.batch == batch)
+        return sum(each.registry for each in others if each.state not in (State.READY, State.CANCELLED))
+
+    async def _again(self, job: Job, error: Unavailable) -> None:
+        """Wait for another attempt; raise the error if there is to be none."""
+        now = self.clock()
+        if job.tries == 0 or job.done > self._reached.get(job.id, 0):
+            job.failing, job.tries = now, 0
+        self._reached[job.id] = max(job.done, self._reached.get(job.id, 0))
+        job.patience = patience(job.request, job.failing, self._config.keep_trying)
+        if now >= job.patience:
+            raise error
+        job.tries, job.done = job.tries + 1, 0
+        pause = error.retry_after or min(_PAUSE * 2 ** min(job.tries - 1, 16), _LONGEST_PAUSE)
+        pause = max(1.0, min(pause, job.patience - now))
+        await self._next(job, Event.AGAIN)
+        job.stage = f"try {job.tries + 1} in {pause:.0f} s, until {written(job.patience)}: {error.message}"
+        await self.sleep(pause)
 
     async def _keep_saving(self, job: Job) -> None:
         while True:
@@ -281,49 +340,24 @@ class Prefetcher:
             task.cancel()
         tasks = self._telling[job.id] = [asyncio.create_task(warming.tell(url)) for url in siblings.others()]
         for task in tasks:
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            task.add_done_callback(lambda done: self._told(job.id, done))
 
-    # ---- pins
+    def _told(self, job: str, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            task.exception()
+        if all(each.done() for each in self._telling.get(job, ())):
+            self._telling.pop(job, None)
 
-    async def _hold(self, job: Job, mine: list[Wanted]) -> None:
-        """Keep the layers of a job from eviction. Raises StoreFull."""
-        with contextlib.ExitStack() as holds:
-            for wanted in mine:
-                await self._superpeer.store.prepare(wanted.layer.blob)
-                holds.enter_context(self._superpeer.store.hold(wanted.layer.blob))
-            self._unpin(job)
-            self._pins[job.id] = holds.pop_all()
-        if self._unpinning is None:
-            self._unpinning = asyncio.create_task(self._keep_unpinning())
-
-    async def _pin_again(self, job: Job) -> None:
-        if job.request.pin_until <= self.clock():
-            return
-        try:
-            record = self._superpeer.catalog.find(job.request.reference, job.request.platform)
-            if record is None or record.manifest_digest != job.manifest_digest:
-                raise NotFound(f"{job.pinned} is no longer known here")
-            mine, _ = await self.shares.of(record, job.request.scope)
-            await self._hold(job, mine)
-        except DadiError as error:
-            self._superpeer.fallbacks.note("image not pinned", f"{job.request.reference}: {error.message}")
-
-    def _unpin(self, job: Job) -> None:
-        holds = self._pins.pop(job.id, None)
-        if holds is not None:
-            holds.close()
-
-    async def _keep_unpinning(self) -> None:
+    async def _keep_sweeping(self) -> None:
         while True:
-            await asyncio.sleep(_UNPIN_EVERY)
-            self.unpin_what_is_over()
+            await asyncio.sleep(_SWEEP_EVERY)
+            self.sweep()
 
-    def unpin_what_is_over(self) -> None:
-        """Let go of what was to be kept until a time that has come."""
-        for name in list(self._pins):
-            job = self._jobs[name]
-            if job.state.is_over and job.request.pin_until <= self.clock():
-                self._unpin(job)
+    def sweep(self) -> None:
+        """Let go of pins whose time has come, and of what nodes have told of jobs that are not theirs any more."""
+        for job in self._jobs.values():
+            self.pins.sweep(job)
+            self.nodes.sweep(job)
 
     # ---- state
 
@@ -334,10 +368,16 @@ class Prefetcher:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _forget_oldest(self) -> None:
-        over = sorted((job for job in self._jobs.values() if job.state.is_over and job.id not in self._pins),
+        """Make room for one job more. Raises Unavailable where all are under way, or pinned."""
+        over = sorted((job for job in self._jobs.values() if job.state.is_over and not self.pins.is_kept(job)),
                       key=lambda job: job.changed)  # fmt: skip
-        for job in over[: max(0, len(self._jobs) - self._config.most_jobs)]:
+        more = len(self._jobs) + 1 - self._config.most_jobs
+        if more > len(over):
+            raise Unavailable(f"{len(self._jobs)} prefetch jobs are under way or pinned: no more now", retry_after=60,
+                              hint="prefetch.most_jobs in the configuration; cancel ends pins")  # fmt: skip
+        for job in over[: max(0, more)]:
             del self._jobs[job.id]
+            self.nodes.forget(job)
             await self._files.remove(job)
 
     def statistics(self) -> dict[str, Any]:
@@ -345,15 +385,14 @@ class Prefetcher:
         states = {state.value: 0 for state in State}
         for job in self._jobs.values():
             states[job.state.value] += 1
-        return {"jobs": states, "pinned": len(self._pins)}
+        return {"jobs": states, "pinned": len(self.pins)}
 
     async def close(self) -> None:
         """Stop; what is under way goes on at the next start."""
         tasks = [*self._tasks.values(), *(task for tasks in self._telling.values() for task in tasks)]
-        if self._unpinning is not None:
-            tasks.append(self._unpinning)
+        if self._sweeping is not None:
+            tasks.append(self._sweeping)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for job in self._jobs.values():
-            self._unpin(job)
+        self.pins.close()

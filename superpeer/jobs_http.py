@@ -1,11 +1,12 @@
 """Prefetch jobs over HTTP. Only routes and translation; the messages are in `dadi/prefetch/messages.py`.
 
 Who may: as for `/v1/images`, the registry must let the caller (`Dadi-Registry-Authorization`; nothing: anybody) read
-the image's repository. A sibling shows a token for siblings instead; to look at a job a token that names the image's
-manifest will do. The list has the jobs of images
-that anybody may have, and with `?registry=HOST`, for which the credentials are then meant, those of that registry that
-the caller may have. The credentials are shown to the registry for this question and not kept; what is fetched is
-fetched with the superpeer's own. No address in any message is ever asked.
+the image's repository; to look at a job a token that names the image's manifest will do. Who begins, cancels or retries
+one must be an operator besides (`jobs_operators.py`); a sibling shows a token for siblings instead.
+The list, and what nodes are told, has the jobs of images that anybody may have, and with `?registry=HOST`, for which
+the credentials are then meant, those of that registry that the caller may have. The credentials are shown to the
+registry for this question; those that come with a job are used for it until it is over (`jobs_secrets.py`), and not
+kept. No address in any message is ever asked.
 """
 
 from __future__ import annotations
@@ -19,10 +20,21 @@ from aiohttp import web
 
 from dadi import http
 from dadi.errors import AccessDenied, DadiError, InvalidRequest, TokenRefused
+from dadi.oci.credentials import Credentials
 from dadi.oci.reference import Reference
 from dadi.peers import shown
-from dadi.peers.gate import AUTHORIZATION
-from dadi.prefetch.messages import Job, Request, Scope, Wishes, canonical, decode_report, decode_request
+from dadi.peers.gate import AUTHORIZATION, Doorman, Gate
+from dadi.prefetch.messages import (
+    MOST_HELD,
+    MOST_WISHES,
+    Job,
+    Request,
+    Scope,
+    Wishes,
+    canonical,
+    decode_report,
+    decode_request,
+)
 from dadi.wire import Event
 from superpeer.jobs import Prefetcher
 from superpeer.who_may import WhoMay
@@ -37,6 +49,7 @@ class PrefetchServer:
     def __init__(self, prefetcher: Prefetcher, who_may: WhoMay | None) -> None:
         self._prefetcher = prefetcher
         self._who_may = who_may
+        self._own = Gate(who_may.keys) if who_may is not None else None
 
     def add_routes(self, router: web.UrlDispatcher) -> None:
         """Add what `messages.py` lists."""
@@ -51,30 +64,40 @@ class PrefetchServer:
 
     async def _submit(self, request: web.Request) -> web.Response:
         wanted = decode_request(await request.read())
-        if wanted.manifest and self._who_may is not None and self._asks:
+        if wanted.manifest and self._siblings is not None:
             if AUTHORIZATION not in request.headers:
                 raise TokenRefused("only siblings say what an image is: leave the manifest out")
-            await self._who_may.gate.admit_sibling(request.headers)
-        else:
-            await self._check(request, wanted.reference, "")
-        return _json(await self._prefetcher.submit(wanted))
+            await self._siblings.admit_sibling(request.headers)
+            return _json(await self._prefetcher.submit(wanted))
+        await self._check_operator(request)
+        await self._check(request, wanted.reference, "")
+        return _json(await self._prefetcher.submit(wanted, _given(request)))
 
     async def _list(self, request: web.Request) -> web.Response:
         return _json({"jobs": await self._allowed(request, self._prefetcher.jobs())})
 
     async def _wanted(self, request: web.Request) -> web.Response:
-        """Which images are wanted is told to who has a token of ours; of others only what anybody may have."""
-        query = request.query
+        """Tell which images are wanted, of those that anybody may have, or that a token or credentials are shown for.
+
+        Of the others the registries are named, so that a node knows for which it may come again with credentials.
+        """
+        query, nodes = request.query, self._prefetcher.nodes
         node = query.get("node", "")
         if not 0 < len(node) <= 128:
             raise InvalidRequest("a node must say who it is")
-        jobs = [job for job in self._prefetcher.jobs() if job.request.nodes]
+        have = set(query.get("have", "").split(",")[:MOST_HELD]) - {""}
+        jobs = [job for job in self._prefetcher.jobs() if nodes.is_open(job)]
+        named: set[str] = set()
         if self._who_may is not None and AUTHORIZATION in request.headers:
             await self._who_may.gate.admit(request.headers)
-        else:
-            jobs = await self._allowed(request, jobs)
-        wishes = self._prefetcher.nodes.wishes(jobs, node, query.get("zone", ""), query.get("rack", ""))
-        return _json(Wishes(tuple(wishes), self._prefetcher.nodes.asked(node)))
+            named = self._who_may.gate.named(request.headers, [job.manifest_digest for job in jobs])
+        others = [job for job in jobs if job.manifest_digest not in named]
+        allowed = {job.id for job in await self._allowed(request, others)}
+        told = [job for job in jobs if job.manifest_digest in named or job.id in allowed]
+        wishes = nodes.wishes(told, node, query.get("zone", ""), query.get("rack", ""), have)
+        hidden = {Reference.parse(job.request.reference).registry for job in others if job.id not in allowed}
+        return _json(Wishes(tuple(wishes), nodes.asked(node), nodes.pinned(jobs, have),
+                            tuple(sorted(hidden - {query.get("registry", "")}))[:MOST_WISHES]))  # fmt: skip
 
     async def _heard(self, request: web.Request) -> web.Response:
         job = await self._found(request)
@@ -109,12 +132,14 @@ class PrefetchServer:
             yield {"event": "job", **msgspec.to_builtins(now)}
 
     async def _cancel(self, request: web.Request) -> web.Response:
+        await self._check_operator(request)
         job = await self._found(request, changes=True)
         return _json(await self._prefetcher.cancel(job.id))
 
     async def _retry(self, request: web.Request) -> web.Response:
+        await self._check_operator(request)
         job = await self._found(request, changes=True)
-        return _json(await self._prefetcher.retry(job.id))
+        return _json(await self._prefetcher.retry(job.id, _given(request)))
 
     async def _verify(self, request: web.Request) -> web.Response:
         query = request.query
@@ -137,8 +162,20 @@ class PrefetchServer:
         return job
 
     @property
-    def _asks(self) -> bool:
-        return self._who_may is not None and self._who_may.asks
+    def _siblings(self) -> Doorman | None:
+        """Who knows siblings by their tokens; None where whoever comes is believed."""
+        if self._who_may is None:
+            return None
+        if self._who_may.asks:
+            return self._who_may.gate
+        # The network says who reads; who are operators is said all the same, and siblings sign with one key then.
+        return self._own if self._prefetcher.operators.are_named else None
+
+    async def _check_operator(self, request: web.Request) -> None:
+        if self._who_may is not None:
+            transport = request.transport
+            certificate = transport.get_extra_info("peercert") if transport else None
+            await self._prefetcher.operators.check(request.headers, request.remote or "", certificate)
 
     async def _check(
         self, request: web.Request, reference: str, manifest: str, header: str = shown.HEADER
@@ -149,6 +186,10 @@ class PrefetchServer:
             await self._who_may.gate.admit(request.headers, manifest)
             return
         await self._who_may.check(Reference.parse(reference), request.headers.get(header), request.remote or "")
+
+
+def _given(request: web.Request) -> Credentials | None:
+    return shown.credentials(request.headers.get(shown.HEADER))
 
 
 def _json(thing: object) -> web.Response:

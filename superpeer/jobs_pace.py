@@ -2,7 +2,11 @@
 
 A `Pace` stands in a context variable of whoever works for a job, and of the tasks that he starts: `origin.py`, whose
 passes outlive their callers, finds it there. Who comes along and is in a hurry (a node that starts the image just now)
-lifts it: from then on the work goes as fast as if he had begun it.
+lifts it: from then on the work goes as fast as if he had begun it. When all jobs that something is done for have left,
+and nobody has lifted it, it is broken off.
+
+Turns, for passes over whole layers: a job without a rate waits for one of the patient slots, by priority; one with a
+rate takes none, since it would hold it for hours: it has one pass at a time.
 """
 
 from __future__ import annotations
@@ -12,9 +16,12 @@ import contextlib
 import contextvars
 import heapq
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextvars import ContextVar
+from typing import Any
 
+from dadi.errors import Unavailable
+from dadi.prefetch.messages import USUAL
 from dadi.prefetch.rate import Bucket
 
 Sleep = Callable[[float], Awaitable[None]]
@@ -26,24 +33,81 @@ _LOOK = 0.02
 
 
 class Pace:
-    """`buckets`: every one of them must let a step through. `busy`: whether somebody waits for a read just now."""
+    """`buckets`: every one of them must let a step through. `busy`: whether somebody waits for a read just now.
+
+    `alone`: where passes of a job with a rate wait for each other; None for one without.
+    """
 
     def __init__(self, buckets: Sequence[Bucket] = (), *, clock: Callable[[], float], sleep: Sleep = asyncio.sleep,
-                 busy: Callable[[], bool] = lambda: False) -> None:  # fmt: skip
+                 busy: Callable[[], bool] = lambda: False, priority: int = USUAL,
+                 alone: Slots | None = None) -> None:  # fmt: skip
+        self.priority = priority
+        self.alone = alone
         self._buckets = buckets
         self._clock = clock
         self._sleep = sleep
         self._busy = busy
         self._lifted = asyncio.Event()
         self._parts: list[Pace] = []
+        self._of: list[Pace] = []
+        """Those that this is a part of."""
+        self._left = False
+        self._at_work: set[asyncio.Task[Any]] = set()
+        self._broken_off: set[asyncio.Task[Any]] = set()
 
     def part(self) -> Pace:
         """Return the pace of a part of the work: what lifts it lifts not the rest, what lifts the rest lifts it."""
-        part = Pace(self._buckets, clock=self._clock, sleep=self._sleep, busy=self._busy)
-        self._parts.append(part)
-        if self._lifted.is_set():
-            part.lift()
+        part = Pace(self._buckets, clock=self._clock, sleep=self._sleep, busy=self._busy, priority=self.priority,
+                    alone=self.alone)  # fmt: skip
+        part.also(self)
         return part
+
+    def also(self, other: Pace) -> None:
+        """Be a part of another's work too: who leaves then leaves this to him."""
+        if other is not self and other not in self._of:
+            self._of.append(other)
+            other._parts.append(self)
+            if other._lifted.is_set():
+                self.lift()
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anybody is there whom this is done for."""
+        if self._lifted.is_set():
+            return True
+        return any(other.is_wanted for other in self._of) if self._of else not self._left
+
+    def leave(self) -> None:
+        """Do nothing more for who began this; what others want goes on."""
+        self._left = True
+        self._end()
+
+    def _end(self) -> None:
+        if self.is_wanted:
+            return
+        for task in self._at_work - self._broken_off:
+            self._broken_off.add(task)
+            task.cancel()
+        for part in self._parts:
+            part._end()
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Be broken off, inside, when nobody wants this any more: raises Unavailable then."""
+        task = asyncio.current_task()
+        assert task is not None
+        if not self.is_wanted:
+            raise _broken_off()
+        self._at_work.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if task not in self._broken_off or task.uncancel() > 0:
+                raise
+            raise _broken_off() from None  # who came just now asks again
+        finally:
+            self._at_work.discard(task)
+            self._broken_off.discard(task)
 
     def begins(self) -> contextvars.Context:
         """Return a context for a task that works at this pace."""
@@ -86,30 +150,40 @@ class Pace:
 PACE: ContextVar[Pace | None] = ContextVar("pace", default=None)
 
 
+def _broken_off() -> Unavailable:
+    return Unavailable("it was broken off: the job that wanted it has ended", retry_after=1)
+
+
 @contextlib.asynccontextmanager
-async def turn(slots: asyncio.Semaphore, patient: asyncio.Semaphore) -> AsyncIterator[None]:
-    """Hold a slot: one of `patient` for who has a pace, until that is lifted. So nobody in a hurry waits for those."""
+async def turn(slots: asyncio.Semaphore, patient: Slots) -> AsyncIterator[None]:
+    """Hold a slot: for who has a pace one of those in which nobody in a hurry waits, until that is lifted."""
     pace = PACE.get()
-    mine = patient
-    if pace is None or await _outrun(pace, patient):
-        mine = slots
-        await slots.acquire()
-    try:
-        yield
-    finally:
-        mine.release()
+    if pace is None:
+        async with slots:
+            yield
+        return
+    with pace.working():
+        mine = pace.alone or patient
+        if await _outrun(pace, mine):
+            async with slots:
+                yield
+            return
+        try:
+            yield
+        finally:
+            mine.release()
 
 
-async def _outrun(pace: Pace, patient: asyncio.Semaphore) -> bool:
+async def _outrun(pace: Pace, patient: Slots) -> bool:
     """Acquire `patient`; or return True, without having it, when the pace was lifted first."""
     if not patient.locked():
-        await patient.acquire()
+        await patient.acquire(pace.priority)
         return False
     got = False
 
     async def acquire() -> None:
         nonlocal got
-        await patient.acquire()
+        await patient.acquire(pace.priority)
         got = True
 
     try:
@@ -139,29 +213,38 @@ class Slots:
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
         self._numbers = itertools.count()
 
-    @contextlib.asynccontextmanager
-    async def held(self, priority: int) -> AsyncIterator[None]:
-        """Hold a slot."""
-        if self._free and not self._waiting:
-            self._free -= 1
-        else:
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            heapq.heappush(self._waiting, (-priority, next(self._numbers), turn))
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._pass_on()
-                raise
-        try:
-            yield
-        finally:
-            self._pass_on()
+    def locked(self) -> bool:
+        """Whether who comes now has to wait."""
+        return not self._free or bool(self._waiting)
 
-    def _pass_on(self) -> None:
+    async def acquire(self, priority: int) -> None:
+        """Take a slot, which is to be released."""
+        if not self.locked():
+            self._free -= 1
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (-priority, next(self._numbers), turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.release()
+            raise
+
+    def release(self) -> None:
+        """Give a slot back, to who has waited for it."""
         while self._waiting:
             _, _, turn = heapq.heappop(self._waiting)
             if not turn.done():
                 turn.set_result(None)
                 return
         self._free += 1
+
+    @contextlib.asynccontextmanager
+    async def held(self, priority: int) -> AsyncIterator[None]:
+        """Hold a slot."""
+        await self.acquire(priority)
+        try:
+            yield
+        finally:
+            self.release()

@@ -6,6 +6,7 @@
                left in doubt is hashed again
 
 When all superpeers of a datacenter say so, a start needs nothing from the registry. Nothing is asked of anybody here.
+Without a trace nobody knows what a start reads: then the scope "startup" is all of the image, and that is said.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dadi.oci import platforms
 from dadi.oci.reference import Reference
 from dadi.peers.owners import owners
 from dadi.prefetch import plan
-from dadi.prefetch.messages import MOST_LACKING, Lacking, Readiness, Scope
+from dadi.prefetch.messages import MOST_LACKING, Job, Lacking, Readiness, Scope
 from dadi.prefetch.plan import Wanted
 from superpeer.catalog import ImageRecord
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 StartupChunks = Callable[[ImageRecord], Mapping[Blob, Sequence[range]] | None]
 """What a container of the image reads at its start, by the trace that is kept with it; None: there is no trace."""
-NO_TRACE = "no startup trace of this image is known yet: its index and metadata are the scope"
+NO_TRACE = "no startup trace of this image is known: all of it is the scope"
 
 
 class Shares:
@@ -57,19 +58,20 @@ class Shares:
         return siblings.superpeers.names
 
     async def of(self, record: ImageRecord, scope: Scope) -> tuple[list[Wanted], str]:
-        """Return what of an image belongs here, owned blobs first; and a note where the scope is less than it says."""
+        """Return what of an image belongs here, owned blobs first; and a note where the scope is more than it says."""
         index, superpeers = self._superpeer.catalog.image(record), await self.superpeers()
         if scope == "full":
             return plan.share(index, superpeers, self.url), ""
         chunks = self.startup_chunks(record)
         if chunks is None:
-            return [], NO_TRACE
+            return plan.share(index, superpeers, self.url), NO_TRACE
         return plan.share(index, superpeers, self.url, chunks), ""
 
-    def startup_named(self, reference: str, platform: str) -> Mapping[Blob, Sequence[range]]:
-        """Return what starts of an image read, all of it, as far as that is known."""
-        record = self._superpeer.catalog.find(reference, platform)
-        return (self.startup_chunks(record) if record else None) or {}
+    def startup_named(self, job: Job) -> Mapping[Blob, Sequence[range]] | None:
+        """Return what starts of a job's image read; None if that is not known: all of it then."""
+        name = Reference.parse(job.request.reference).name
+        record = self._superpeer.catalog.by_manifest(job.manifest_digest, name)
+        return self.startup_chunks(record) if record else None
 
     async def missing(self, wanted: Wanted) -> list[range]:
         """Return the runs of chunks that are not here."""
@@ -108,7 +110,7 @@ class Shares:
         return Readiness(
             reference=str(ref), platform=str(wanted_platform), scope=scope, url=self.url, superpeers=superpeers,
             manifest_digest=record.manifest_digest if record else "", chunks=chunks, size=size,
-            registry_requests=requests, lacking=told_of, note=note,
+            registry_requests=requests, lacking=told_of, note=note, proven="full" if note else scope,
         )  # fmt: skip
 
     def _has(self, digest: str) -> bool:

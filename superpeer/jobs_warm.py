@@ -51,9 +51,9 @@ _LONGEST_PAUSE = 30.0
 
 
 class Warming:
-    """See the head of this file. `progress` is called whenever the job's numbers have changed."""
+    """See the head of this file. `slots` are for steps; `indexing` for images that are streamed, which takes long."""
 
-    def __init__(self, superpeer: Superpeer, shares: Shares, job: Job, pace: Pace, slots: Slots, *,
+    def __init__(self, superpeer: Superpeer, shares: Shares, job: Job, pace: Pace, slots: Slots, indexing: Slots, *,
                  clock: Callable[[], float], sleep: Sleep, hold: Callable[[Job, list[Wanted]], Awaitable[None]]
                  ) -> None:  # fmt: skip
         self._superpeer = superpeer
@@ -61,6 +61,7 @@ class Warming:
         self._job = job
         self._pace = pace
         self._slots = slots
+        self._indexing = indexing
         self._clock = clock
         self._sleep = sleep
         self._hold = hold
@@ -68,10 +69,11 @@ class Warming:
 
     # ---- what it is
 
-    async def resolve(self, rate: float) -> None:
+    async def resolve(self, rate: float, besides: Callable[[], int] = lambda: 0) -> None:
         """Have the manifest's digest in the job. `rate` is what it may take at most, 0 for no limit.
 
-        Raises NotFound and the like; StoreFull; InvalidRequest for a deadline that cannot be met.
+        `besides`: bytes that come from the registry at the same rate for others of its batch. Raises NotFound and the
+        like; StoreFull; InvalidRequest for a deadline that cannot be met.
         """
         job, superpeer = self._job, self._superpeer
         ref, platform = Reference.parse(job.request.reference), platforms.parse(job.request.platform)
@@ -97,7 +99,8 @@ class Warming:
                     job.resolved = self._clock()
                 layers = [(layer.digest, layer.size) for layer in resolved.manifest.layers]
         await self._check_room(layers)
-        plan.check_deadline(job.registry, rate, at=job.request.at, deadline=job.request.deadline, now=self._clock())
+        request, size = job.request, job.registry + besides()
+        plan.check_deadline(size, rate, at=request.at, deadline=request.deadline, now=self._clock())
 
     def _known(self) -> ImageRecord | None:
         job = self._job
@@ -115,10 +118,11 @@ class Warming:
         else:
             job.registry = needed = 0
             index = self._superpeer.catalog.image(record)
-            mine, _ = await self._shares.of(record, job.request.scope)
+            mine, note = await self._shares.of(record, job.request.scope)
+            everything = job.request.scope == "full" or bool(note)
             scope = {wanted.layer.diff_id: wanted for wanted in mine}
             for layer in plan.devices(index):
-                whole = (range(layer.table.count),) if job.request.scope == "full" else ()
+                whole = (range(layer.table.count),) if everything else ()
                 wanted = scope.get(layer.diff_id, Wanted(layer, whole))
                 missing = plan.size_of(layer.blob, await self._shares.missing(wanted))
                 job.registry += plan.cost(layer, missing)
@@ -130,8 +134,9 @@ class Warming:
         if not room.enough:
             raise StoreFull(
                 f"{job.request.reference} needs {needed} bytes here; {room.free} are free, and {gain} more if the "
-                f"{len(room.evicted)} blobs that nobody uses were evicted",
-                hint="raise store.limit, or unpin what is not needed",
+                f"{len(room.evicted)} blobs that nobody uses were evicted; "
+                f"{store.statistics()['held']} blobs are in use or pinned",
+                hint="raise store.limit, or unpin what is not needed: dadi prefetch cancel IMAGE",
             )
         if room.evicted:
             names = ", ".join(digest[:19] for digest, _ in room.evicted[:5])
@@ -182,7 +187,8 @@ class Warming:
                 break
         else:
             job.stage = "indexing"
-            async with self._slots.held(job.request.priority):
+            # No slot of those for steps: at a low rate it would be held for hours.
+            async with self._indexing.held(job.request.priority):
                 resolving = self._superpeer.resolve(str(job.pinned), job.request.platform)
                 while not resolving.task.done():
                     await asyncio.wait([resolving.task], timeout=_POLL)
@@ -251,6 +257,7 @@ class Warming:
         mine, note = await self._shares.of(record, job.request.scope)
         if note:
             self.note(note)
+        job.proven = "full" if note else job.request.scope
         await self._hold(job, mine)
         job.total = sum(wanted.size for wanted in mine)
         lacking = [(wanted, await self._shares.missing(wanted)) for wanted in mine]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import structlog
 
-from dadi import http, program
+from dadi import http, program, state_version
 from dadi.blobs.disk import DiskBlobs
 from dadi.fallbacks import Fallbacks
+from dadi.notify import notify
 from superpeer import app
 from superpeer.config import SuperpeerConfig
 from superpeer.service import Superpeer
@@ -20,7 +21,7 @@ log = structlog.get_logger()
 
 async def serve(config: SuperpeerConfig, stop: asyncio.Event) -> None:
     """Run a superpeer until `stop` is set."""
-    store = await asyncio.to_thread(lambda: DiskBlobs(Path(config.state) / "store", limit=config.store.limit))
+    store = await asyncio.to_thread(_open, Path(config.state), config.store.limit)
     superpeer = Superpeer(config, store, Fallbacks())
     who_may: WhoMay | None = None
     try:
@@ -31,6 +32,7 @@ async def serve(config: SuperpeerConfig, stop: asyncio.Event) -> None:
         runner, address = await http.serve_tcp(app.create(superpeer, who_may), config.listen, superpeer.tls)
         try:
             log.info("superpeer is ready", address=address, state=config.state, images=len(superpeer.catalog.records()))
+            notify.ready()
             await stop.wait()
         finally:
             await runner.cleanup()
@@ -39,6 +41,12 @@ async def serve(config: SuperpeerConfig, stop: asyncio.Event) -> None:
             await who_may.close()
         await superpeer.close()
         await store.close()
+
+
+def _open(state: Path, limit: int) -> DiskBlobs:
+    state.mkdir(parents=True, exist_ok=True)
+    state_version.check(state)
+    return DiskBlobs(state / "store", limit=limit)
 
 
 main = program.daemon(

@@ -21,7 +21,7 @@ from dadi.index.layer import LayerIndex
 from dadi.oci.manifest import Descriptor
 from dadi.oci.reference import Reference
 from dadi.oci.registry import RegistryClient
-from superpeer.jobs_pace import PACE, Pace, paced, turn
+from superpeer.jobs_pace import PACE, Pace, Slots, paced, turn
 
 log = structlog.get_logger()
 OnProgress = Callable[[int], None]
@@ -39,7 +39,7 @@ class Origin:
         self._chunk_size = chunk_size
         self._limits = limits
         self._slots = asyncio.Semaphore(parallel)
-        self._patient = asyncio.Semaphore(max(1, parallel // 2))
+        self._patient = Slots(max(1, parallel // 2))
         self._paces: dict[tuple[str, str], Pace] = {}
         """Passes that nobody is waiting for so far: they take their time, and slots of their own."""
         self._passes: dict[tuple[str, str], asyncio.Task[tuple[LayerIndex, Blob]]] = {}
@@ -71,6 +71,8 @@ class Origin:
         pace = PACE.get()
         if pace is None and key in self._paces:
             self._paces.pop(key).lift()
+        if pace is not None and key in self._paces:
+            self._paces[key].also(pace)
         if task is None:
             context = None
             if pace is not None:

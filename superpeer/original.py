@@ -5,8 +5,9 @@
     GET  /v1/referrers?reference=R@D[&artifact_type=] an index
     GET, HEAD /v1/original/{digest}?reference=R       the blob, also while it arrives; Range
     GET  /v1/original/{digest}/table?reference=R      MessagePack of `OriginalAnswer`: size; chunk table if known, and a
-        [&table=no][&wait=S]                          token for /v1/blobs, here and at peers. `wait`: have it
-                                                      fetched, answer when it is whole, after S seconds at most
+        [&table=no][&wait=S][&from=N]                 token for /v1/blobs, here and at peers. `wait`: have it
+                                                      fetched, answer when it is whole, after S seconds at most, and
+                                                      then with a few bytes from N on of what has come, unverified
     GET  /v1/challenge?registry=H                     {"challenge": WWW-Authenticate of the registry, or null}
 
 `Dadi-Registry-Authorization` is what the proxy's client meant for the registry; 401 comes with the registry's
@@ -24,7 +25,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import urlencode
 
 import msgspec
@@ -45,6 +46,7 @@ from dadi.originals.client import MOST_WAIT, NEXT, SMALL, STALE, OriginalAnswer
 from dadi.originals.documents import Document
 from dadi.originals.original import Chunked
 from dadi.originals.service import Originals
+from dadi.originals.waiting import HEAD
 from dadi.peers.shown import HEADER
 from superpeer.catalog import Catalog
 from superpeer.config import SuperpeerConfig
@@ -121,10 +123,9 @@ class _Ranges:
 class OriginalServer:
     """The routes at the head of this file."""
 
-    def __init__(self, originals: Originals, registry: RegistryClient, who_may: WhoMay | None = None) -> None:
+    def __init__(self, originals: Originals, who_may: WhoMay | None = None) -> None:
         """`who_may` signs tokens; without it there are none."""
         self._originals = originals
-        self._registry = registry
         self._who_may = who_may
         self._served: Counter[str] = Counter({"requests": 0, "bytes": 0, "cut": 0})
 
@@ -169,18 +170,24 @@ class OriginalServer:
         if blob is None and wait and size > SMALL:
             coming = not await originals.make_whole(ref, digest, caller, wait)
             blob = originals.table(ref, digest)
+        start = request.query.get("from")
+        head = await originals.head(ref, digest, int(start), HEAD) if coming and _is_number(start) else b""
         token = self._who_may.read_token(digest) if blob is not None and self._who_may else ""
         wanted = request.query.get("table") != "no"
-        answer = OriginalAnswer(size, blob if wanted else None, originals.is_proven(ref, digest), token, coming)
+        answer = OriginalAnswer(size, blob if wanted else None, originals.is_proven(ref, digest), token, coming, head)
         return web.Response(body=msgspec.msgpack.encode(answer), content_type="application/msgpack")
 
     async def _challenge(self, request: web.Request) -> web.Response:
         registry = parse_registry(request.query.get("registry", ""))
-        return web.json_response({"challenge": await self._registry.challenge(registry)})
+        return web.json_response({"challenge": await self._originals.challenge(registry)})
+
+
+def _is_number(text: str | None) -> TypeGuard[str]:
+    return text is not None and text.isascii() and text.isdigit() and len(text) < 20
 
 
 def _seconds(text: str | None) -> float:
-    return min(float(text), MOST_WAIT) if text and text.isascii() and text.isdigit() and len(text) < 6 else 0.0
+    return min(float(text), MOST_WAIT) if _is_number(text) else 0.0
 
 
 def _reference(request: web.Request) -> Reference:

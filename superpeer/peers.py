@@ -1,11 +1,15 @@
-"""The directory over HTTP: nodes join, say what they have, leave. What it decides is in `directory.py`.
+"""The directory over HTTP: nodes join, say what they have, leave. What it decides is in
+`dadi/peers/directory.py`.
 
     POST /v1/peers/join         Join       →  Joined        a place for each blob
     POST /v1/peers/heartbeat    Heartbeat  →  Changed       places that have changed
     POST /v1/peers/leave        Leave      →  {}
+    POST /v1/peers/group        Introduce  →  Grouped       the mates of its rack, if they have changed
     GET  /v1/peers?blob=D…                 →  {"trees": {digest: rows of Tree.rows}}
 
-The messages are in `dadi/peers/places.py`; a body that is larger than `_MAX_BODY` or breaks their limits is refused.
+The messages are in `dadi/peers/places.py`; a body that is too large or breaks their limits is
+refused (`dadi/peers/bodies.py`). Groups are `groups.py`: who introduces itself needs no token, is believed nothing by
+this, and is not in the directory.
 
 **What it believes**: who joins a blob shows a token that names it. A node that tells of blobs which it has joined
 elsewhere, or before a restart, is believed of those that the token with this heartbeat names, and told which are left.
@@ -30,30 +34,38 @@ import asyncio
 import ipaddress
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import structlog
 from aiohttp import web
 
 from dadi import digest as digests
-from dadi.errors import Conflict, InvalidRequest, TooLarge, Unavailable
+from dadi.errors import Conflict, InvalidRequest, Unavailable
+from dadi.peers.bodies import M, answer, message
 from dadi.peers.gate import OPEN, Doorman
-from dadi.peers.places import Changed, Heartbeat, Join, Joined, Leave, Peer, Place, is_loopback, is_unspecified
+from dadi.peers.places import (
+    Changed,
+    Grouped,
+    Heartbeat,
+    Introduce,
+    Join,
+    Joined,
+    Leave,
+    Peer,
+    Place,
+    is_loopback,
+    is_unspecified,
+)  # fmt: skip
 from superpeer.config import PeersConfig
 from superpeer.directory import Directory, Settings
+from superpeer.groups import HEARTBEATS_A_SECOND, Groups
 from superpeer.rush import Rush
 
 log = structlog.get_logger()
-_MAX_BODY = 4 << 20
 _MOST_ASKED = 64
-_HEARTBEATS_A_SECOND = 250
 _MOST_AT_ONE_ADDRESS = 512
 """Ids: whoever makes up any number of them must not fill the directory."""
-_BODY_TIME = 20.0
-"""Seconds that a body may take."""
-
-M = TypeVar("M", bound=msgspec.Struct)
 
 
 class Peers:
@@ -72,6 +84,7 @@ class Peers:
         self.directory = Directory(settings, zone=config.zone, now=self._now())
         self._pace = _Pace(config.heartbeat, config.expiry)
         self.rush = Rush()
+        self.groups = Groups()
         self._at_loopback: set[str] = set()
         self.heartbeats = 0
         self.expired = 0
@@ -93,12 +106,14 @@ class Peers:
         router.add_post("/v1/peers/join", self._join)
         router.add_post("/v1/peers/heartbeat", self._heartbeat)
         router.add_post("/v1/peers/leave", self._leave)
+        router.add_post("/v1/peers/group", self._group)
         router.add_get("/v1/peers", self._trees)
 
     def statistics(self) -> dict[str, Any]:
         """Return counts."""
         return {**self.directory.statistics(), "heartbeats": self.heartbeats, "expired": self.expired,
                 "refused": self.refused, "put_off": self.rush.put_off,
+                "grouped": len(self.groups), "groups": self.groups.count,
                 "heartbeat_seconds": self._pace.heartbeat}  # fmt: skip
 
     # ---- what nodes say
@@ -111,9 +126,9 @@ class Peers:
         join = await self._message(request, Join)
         await self.gate.admit(request.headers, *join.blobs)
         began = time.perf_counter()
-        answer = _answer(Joined(self._placed(join, request), self._pace.heartbeat))
+        placed = answer(Joined(self._placed(join, request), self._pace.heartbeat))
         self.rush.took(time.perf_counter() - began)
-        return answer
+        return placed
 
     def _placed(self, join: Join, request: web.Request) -> dict[str, Place]:
         now, directory = self._now(), self.directory
@@ -145,7 +160,7 @@ class Peers:
                     changed[blob] = self.directory.join(beat.peer, blob, now, without)
         for about, fault in beat.reports:
             self.directory.report(beat.peer.id, about, fault, now)
-        return _answer(Changed(changed, self._pace.heartbeat, tuple(unproven)))
+        return answer(Changed(changed, self._pace.heartbeat, tuple(unproven)))
 
     def _unproven(self, request: web.Request, beat: Heartbeat) -> dict[str, None]:
         """Return the blobs that the node tells of for the first time, and may not have as far as its token says."""
@@ -155,6 +170,10 @@ class Peers:
 
     async def _leave(self, request: web.Request) -> web.Response:
         leave = await self._message(request, Leave)
+        member = self.groups.find(leave.id)
+        if member is not None:
+            self._check_same(member, request)
+            self.groups.leave(leave.id)
         await self.gate.admit(request.headers)
         known = self.directory.vouches_for(leave.id)
         if known is not None:
@@ -162,6 +181,20 @@ class Peers:
         self.directory.leave(leave.id)
         self._at_loopback.discard(leave.id)
         return web.json_response({})
+
+    async def _group(self, request: web.Request) -> web.Response:
+        wait = self.rush.wait(time.monotonic())
+        if wait:
+            raise Unavailable("many nodes come just now", retry_after=wait, hint="it comes again by itself")
+        said = await self._message(request, Introduce)
+        peer = self._vouched(said.peer, request)
+        known = self.groups.find(peer.id)
+        if known is not None:
+            self._check_same(known, request)
+        if self.directory.bars(peer.id):
+            peer = msgspec.structs.replace(peer, slots=0)
+        version, mates = self.groups.introduce(peer, said.known, self._now())
+        return answer(Grouped(version, self._pace.heartbeat, mates))
 
     async def _trees(self, request: web.Request) -> web.Response:
         blobs = [digests.parse(text) for text in request.query.getall("blob", [])]
@@ -174,22 +207,11 @@ class Peers:
     # ---- how
 
     async def _message(self, request: web.Request, kind: type[M]) -> M:
-        data = bytearray()
         try:
-            async with asyncio.timeout(_BODY_TIME):
-                async for piece in request.content.iter_any():
-                    data += piece
-                    if len(data) > _MAX_BODY:
-                        raise TooLarge(f"a message of more than {_MAX_BODY} bytes")
-            return msgspec.json.decode(data, type=kind)
-        except TimeoutError:
-            raise InvalidRequest("the body did not come in time") from None
-        except TooLarge as error:
+            return await message(request, kind)
+        except InvalidRequest:
             self.refused += 1
-            raise InvalidRequest(error.message) from None
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            self.refused += 1
-            raise InvalidRequest(f"no message of a node: {error}", hint="are the versions alike?") from None
+            raise
 
     def _vouched(self, peer: Peer, request: web.Request) -> Peer:
         """Return the peer at the address that it has by what we see of it. Raises InvalidRequest, Conflict."""
@@ -235,7 +257,8 @@ class Peers:
         while True:
             await asyncio.sleep(min(1.0, self.config.expiry / 4))
             now, directory = self._now(), self.directory
-            self._pace.update(directory.statistics()["nodes"], now)
+            self._pace.update(max(directory.statistics()["nodes"], len(self.groups)), now)
+            self.groups.expire(now, self._pace.expiry)
             directory.settings = msgspec.structs.replace(
                 directory.settings, heartbeat=self._pace.heartbeat, expiry=self._pace.expiry
             )
@@ -257,7 +280,7 @@ class _Pace:
 
     def update(self, nodes: int, now: float) -> None:
         """Take in how many nodes there are."""
-        wanted = max(self._least, nodes / _HEARTBEATS_A_SECOND)
+        wanted = max(self._least, nodes / HEARTBEATS_A_SECOND)
         if wanted > self.heartbeat:
             self.heartbeat, self._changed = wanted, now
             self.expiry = max(self.expiry, wanted * self._ratio)
@@ -265,10 +288,6 @@ class _Pace:
             # By now every node has heard the last one: only then may who keeps to it not be forgotten any sooner.
             self.expiry = self.heartbeat * self._ratio
             self.heartbeat, self._changed = wanted, now
-
-
-def _answer(message: msgspec.Struct) -> web.Response:
-    return web.Response(body=msgspec.json.encode(message), content_type="application/json")
 
 
 def _port(address: str) -> int:

@@ -1,5 +1,7 @@
 """The index that `dadi index` or `dadi convert` has put beside an image: found, checked, brought into the store.
 
+A startup trace that was put there (`dadi trace export --push`) is found and checked in the same way, without the store.
+
     1. the registry's referrers of the image's manifest, of our artifact type; whoever may push can add some
     2. the first that can be used, the newest first: known version, not refused before, subject the manifest that was
        asked for, our chunk size, signed by a trusted key where the configuration has any, an index and a seek table for
@@ -35,10 +37,14 @@ from dadi.oci import manifest as manifests
 from dadi.oci.manifest import Descriptor, Manifest
 from dadi.oci.reference import Reference
 from dadi.oci.registry import RegistryClient, ResolvedImage
+from dadi.prefetch import trace_artifact
+from dadi.prefetch.trace import Trace
 from superpeer.refused import Refused
 
 _MOST = 512
 """Artifacts and signatures that are read for one image. More are junk, and each costs a request or two."""
+_MOST_TRACES = 32
+"""Of startup traces and their signatures; and images whose traces are remembered."""
 _PARALLEL = 8
 _LARGE = 16 << 20
 """Bytes of a layer's index and seek table, packed, that are not brought in parallel."""
@@ -83,6 +89,8 @@ class Referrers:
         self._refused = refused
         self._chunk_size = chunk_size
         self._fallbacks = fallbacks
+        self._traces: dict[str, list[Descriptor]] = {}
+        """Startup traces beside images whose index was looked for a moment ago, by manifest."""
         self._slots = asyncio.Semaphore(_PARALLEL)
         self._large = asyncio.Lock()
         self._unpacking = asyncio.Lock()
@@ -98,7 +106,9 @@ class Referrers:
             found = await self._registry.referrers(reference, resolved.descriptor.digest)
         except DadiError as error:
             self._fallbacks.note("referrers could not be read", f"{reference}: {error.message}")
+            self._listed_traces(resolved.descriptor.digest, [])
             return None
+        self._listed_traces(resolved.descriptor.digest, found)
         entries = [item for item in found if artifacts.is_index(item.artifact_type) and item.digest not in without]
         looks = _Looks()
         for entry in reversed(entries):  # registries and clients add at the end
@@ -128,6 +138,38 @@ class Referrers:
                 raise Malformed(f"it has no index of layer {layer.digest} with diff ID {diff_id}")
         signer = await self._signer(reference, entry.digest, looks) if self.keys else ""
         return Accepted(entry.digest, artifact, signer)
+
+    def _listed_traces(self, subject: str, found: Sequence[Descriptor]) -> None:
+        traces = [each for each in found if each.artifact_type == trace_artifact.ARTIFACT_TYPE]
+        self._traces[subject] = traces[-_MOST_TRACES:]
+        if len(self._traces) > _MOST_TRACES:
+            self._traces.pop(next(iter(self._traces)))
+
+    async def trace(self, reference: Reference, subject: str) -> Trace | None:
+        """Return the startup trace beside the image whose manifest is `subject`, the newest that can be used.
+
+        None if there is none. What is wrong with one is noted. Raises what listing referrers raises. When the image's
+        index has just been looked for, the registry is not asked again which referrers there are.
+        """
+        looks = _Looks()
+        looks.left = _MOST_TRACES
+        found = self._traces.pop(subject, None)
+        if found is None:
+            found = await self._registry.referrers(reference, subject, trace_artifact.ARTIFACT_TYPE)
+        for entry in reversed(found):
+            try:
+                looks.take()
+                held = trace_artifact.decode(await self._manifest(reference, entry.digest), subject)
+                if self.keys:
+                    await self._signer(reference, entry.digest, looks)
+                data = await self._registry.blob_bytes(reference, held, trace_artifact.MAX_SIZE)
+                return await asyncio.to_thread(trace_artifact.trace_in, data, subject)
+            except DadiError as error:
+                why = f"{reference}, {entry.digest}: {error.message}"
+                self._fallbacks.note("startup trace in the registry not used", why)
+            if not looks.left:
+                break
+        return None
 
     async def _manifest(self, reference: Reference, digest: str) -> Manifest:
         descriptor, raw = await self._registry.manifest(reference, digest)

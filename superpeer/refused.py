@@ -32,7 +32,7 @@ class Refused:
             self._why = msgspec.json.decode(raw, type=dict[str, str])
         except FileNotFoundError:
             return
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             log.error("could not read which indexes lied", file=str(self._path), why=str(error))
 
     def check(self, digest: str) -> None:

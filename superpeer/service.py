@@ -30,7 +30,7 @@ from dadi.index import build, image, signature
 from dadi.index.chunks import Blob
 from dadi.index.image import ImageIndex, ImageLayer
 from dadi.oci import platforms
-from dadi.oci.credentials import CredentialSource
+from dadi.oci.credentials import CredentialSource, DockerCredentials
 from dadi.oci.manifest import Descriptor
 from dadi.oci.platforms import Platform
 from dadi.oci.reference import Reference
@@ -42,6 +42,7 @@ from superpeer.config import SuperpeerConfig
 from superpeer.indexing import Indexer, Progress
 from superpeer.jobs import Prefetcher
 from superpeer.jobs_pace import PACE, Pace
+from superpeer.jobs_secrets import JobSecrets
 from superpeer.lazy_layers import LazyLayers
 from superpeer.origin import Origin
 from superpeer.original import originals_of
@@ -51,6 +52,7 @@ from superpeer.refused import Refused
 from superpeer.shown_layers import Proof, ShownLayers
 from superpeer.siblings import Siblings
 from superpeer.traces import Traces
+from superpeer.traces_shipped import ShippedTraces
 from superpeer.withdrawing import Withdrawing
 
 log = structlog.get_logger()
@@ -79,7 +81,10 @@ class Superpeer:
         self.store = store
         self.fallbacks = fallbacks
         self.tls = Tls.of(config.tls, fallbacks)
-        self.registry = RegistryClient(config.registry, credentials=credentials)
+        self.job_secrets = JobSecrets(credentials or DockerCredentials(
+            config.registry.docker_config, helper_timeout=config.registry.helper_timeout))  # fmt: skip
+        self.registry = RegistryClient(config.registry, credentials=self.job_secrets)
+        self.job_secrets.forget_grants = self.registry.forget
         self.catalog = Catalog(Path(config.state) / "images", store, most=config.most_images)
         self.shown = ShownLayers(Path(config.state) / "shown-layers.json", fallbacks)
         self.catalog.has_shown = lambda layer: self.shown.proof(layer) is not None
@@ -123,6 +128,8 @@ class Superpeer:
         self.prefetch = Prefetcher(self)
         self.traces = Traces(Path(config.state) / "traces", config.traces, self.catalog, fallbacks)
         self.prefetch.shares.startup_chunks = self.traces.startup_chunks
+        self.shipped = ShippedTraces(self.traces, self.catalog,
+                                     self._referrers if config.indexing.use_artifacts else None, fallbacks)  # fmt: skip
         self._resolving: dict[tuple[str, str], Resolving] = {}
 
     def __repr__(self) -> str:
@@ -172,8 +179,11 @@ class Superpeer:
         key = (str(ref), str(wanted))
         resolving = self._resolving.get(key)
         pace = PACE.get()
-        if pace is None and resolving is not None and resolving.pace is not None:
-            resolving.pace.lift()
+        if resolving is not None and resolving.pace is not None:
+            if pace is None:
+                resolving.pace.lift()
+            else:
+                resolving.pace.also(pace)
         if resolving is None:
             progress = Progress()
             part = pace.part() if pace else None
@@ -211,12 +221,22 @@ class Superpeer:
         if known is None and self.siblings is not None and await self.siblings.knows(resolved.descriptor.digest):
             known = self.catalog.by_manifest(resolved.descriptor.digest, reference.name)
         if known is not None:
-            return await self.catalog.confirm(known, str(reference), str(platform), top_digest)
+            known = await self.catalog.confirm(known, str(reference), str(platform), top_digest)
+            await self._look_for_trace(known)
+            return known
         index = await self._index(reference, resolved, progress)
         record = await self.catalog.add(str(reference), str(platform), top_digest, index, image.encode(index))
         if self.siblings is not None:
             self.siblings.announce(record.index_digest)
+        await self._look_for_trace(record)
         return record
+
+    async def _look_for_trace(self, record: ImageRecord) -> None:
+        """Have a startup trace looked for beside an image that is new here; a prefetch job needs to know at once."""
+        if PACE.get() is not None:
+            await self.shipped.wait(record)
+        else:
+            self.shipped.begin(record)
 
     async def _look_again(self, reference: Reference) -> Descriptor:
         """Return what a reference leads to now, if the registry says so soon: there is an older answer. Unavailable."""
@@ -347,6 +367,8 @@ class Superpeer:
     async def close(self) -> None:
         """Break off what is under way; the store is closed by who opened it."""
         await self.prefetch.close()
+        await self.shipped.close()
+        await self.traces.close()
         await self.lazy.close()
         if self.siblings is not None:
             await self.siblings.close()

@@ -102,7 +102,7 @@ class ShownLayers:
                 self._enter(known)
         except FileNotFoundError:
             return
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             # What repositories have shown is to be shown again: dear, and safe.
             self._fallbacks.note("what repositories have shown was lost", f"{self._path}: {type(error).__name__}")
 

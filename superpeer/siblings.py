@@ -267,7 +267,7 @@ class Siblings:
             for digest in images:
                 if not self._adopter.knows(digest):
                     await self.learn(digest)
-        except (DadiError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (DadiError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             # It may be starting too. What is asked for is learnt of all the same.
             self._fallbacks.note("did not catch up with a sibling", f"{url}: {error}")
 

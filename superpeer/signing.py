@@ -107,7 +107,7 @@ class SigningKeys:
                 self._use(self._file)
         except OSError as error:
             raise full_or_broken(path, error) from None
-        except (msgspec.MsgspecError, UnicodeDecodeError, binascii.Error, ValueError):
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, binascii.Error, ValueError):
             # What is in it is not repeated.
             hint = "remove it to begin with a new key: nodes get new tokens by themselves"
             raise ConfigError(f"{path} is damaged", hint=hint) from None

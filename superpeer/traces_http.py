@@ -2,6 +2,7 @@
 
     GET    /v1/traces?manifest=D      the trace; an empty body if there is none
     POST   /v1/traces                 a Message: a recording, a report                       204
+           Dadi-Recordings: enough    in both answers: no recording is wanted now, or this one was not taken
     DELETE /v1/traces?manifest=D[&forwarded=1]      forget what was learnt of an image       204
 
 D is the digest of the image's manifest; who shows a token that names it may do all this. What a node tells is passed on
@@ -24,6 +25,7 @@ from dadi.errors import DadiError, InvalidRequest, Malformed, NotFound, Unavaila
 from dadi.index.image import ImageIndex
 from dadi.peers.gate import OPEN, Doorman
 from dadi.prefetch import trace
+from dadi.prefetch.client import ENOUGH, RECORDINGS
 from dadi.prefetch.trace import Message
 
 if TYPE_CHECKING:
@@ -48,7 +50,8 @@ class TraceServer:
 
     async def _get(self, request: web.Request) -> web.Response:
         manifest = await self._asked(request)
-        return web.Response(body=self._superpeer.traces.given(manifest), content_type="application/octet-stream")
+        data, wanted = await self._superpeer.traces.asked(manifest)
+        return web.Response(body=data, content_type="application/octet-stream", headers=_told(wanted))
 
     async def _post(self, request: web.Request) -> web.Response:
         try:
@@ -59,11 +62,11 @@ class TraceServer:
         except Malformed as error:
             raise InvalidRequest(error.message, hint="are the versions alike?") from None
         await self._gate.admit(request.headers, digests.parse(message.manifest))
-        await self._superpeer.traces.learn(message, await self._index(message.manifest))
-        if not message.forwarded:
-            on = msgspec.structs.replace(message, forwarded=True)
+        taken = await self._superpeer.traces.learn(message, await self._index(message.manifest))
+        if not message.forwarded and (taken or message.report is not None):
+            on = msgspec.structs.replace(message, forwarded=True, recording=message.recording if taken else None)
             self._pass_on("POST", message.manifest, trace.encode(on))
-        return web.Response(status=204)
+        return web.Response(status=204, headers=_told(taken))
 
     async def _delete(self, request: web.Request) -> web.Response:
         manifest = await self._asked(request)
@@ -110,3 +113,7 @@ class TraceServer:
                 self._superpeer.fallbacks.note("startup trace not passed on", f"{url}: {error.message}")
 
         siblings.spawn(everybody())
+
+
+def _told(wanted: bool) -> dict[str, str]:
+    return {} if wanted else {RECORDINGS: ENOUGH}

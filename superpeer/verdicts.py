@@ -325,7 +325,7 @@ class Verdicts:
             found = msgspec.json.decode(self._file.read_bytes(), type=list[tuple[bytes, float, float]])
         except FileNotFoundError:
             return
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             self._fallbacks.note("what registries said was lost", f"{self._file}: {type(error).__name__}")
             return
         for grant, yes_at, no_at in found[-_MOST_VERDICTS:]:

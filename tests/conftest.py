@@ -65,5 +65,5 @@ def nothing_blocks_the_event_loop(request: pytest.FixtureRequest) -> Iterator[No
             # Opening a store blocks, and says so: programs do it in a thread, tests need not.
             function.can_block_in("dadi/blobs/disk.py", {"__init__", "_load"})
         # To a socket that does not block, of pages that are in the cache: as asyncio does itself.
-        blockbuster.functions["os.sendfile"].can_block_in("dadi/blobs/serving.py", {"_sent_at_once"})
+        blockbuster.functions["os.sendfile"].can_block_in("dadi/blobs/answering.py", {"_sent_at_once"})
         yield

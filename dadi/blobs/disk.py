@@ -60,6 +60,10 @@ class _Stored:
         """Its chunk table lied: nothing by that table is kept any more."""
         self.in_doubt = False
         """Its file of claims says more than is known to be true, and cannot be written."""
+        self.unmarked = False
+        """Complete for the next process, not for this one: its file of marks could not be written."""
+        self.vouching = asyncio.Lock()
+        """Held by who writes down whether it is complete."""
         self.used_at = 0.0
         self.bytes = blob.size if self.complete else self._count_bytes()
 
@@ -170,6 +174,8 @@ class DiskBlobs:
         clean = True
         for stored in partial:
             try:
+                if stored.unmarked:
+                    files.withdraw_or_doom(stored.directory, stored.blob, bytes(stored.present))
                 files.sync_partial(stored.directory)
                 os.utime(stored.directory.data, (stored.used_at, stored.used_at))
             except OSError as error:
@@ -212,7 +218,7 @@ class DiskBlobs:
         chunks = range(blob.table.count) if chunks is None else chunks
         stored = self._entry(blob)
         if stored is not None and not stored.claimed.isdisjoint(chunks):
-            with self._using(stored):
+            with self._using(stored, touch=False):
                 await self._verify_claims(stored, chunks)
         return self._missing(stored, chunks)
 
@@ -223,6 +229,13 @@ class DiskBlobs:
         if not chunks or stored.present.find(0, chunks.start, chunks.stop) < 0:
             return []
         return [chunk for chunk in chunks if not stored.present[chunk]]
+
+    def believed(self, blob: Blob, chunks: range) -> list[int]:
+        """Return the chunks that are here, or are said to be here by what an unclean stop left."""
+        stored = self._entry(blob)
+        if stored is None:
+            return []
+        return [chunk for chunk in chunks if stored.present[chunk] or chunk in stored.claimed]
 
     def present_bytes(self, blob: Blob) -> int:
         """Return how many bytes of the blob are here (verified or claimed)."""
@@ -263,6 +276,8 @@ class DiskBlobs:
         if stored.complete or stored.refused or not self._missing(stored, range(first, first + len(parts))):
             return
         with self._using(stored), self._reserved(sum(map(len, parts))):
+            if stored.unmarked:
+                await self._mark(stored)
             await self._writing(stored.directory, files.write_chunks, stored.directory, blob, first, parts)
             if stored.refused:
                 return
@@ -307,6 +322,13 @@ class DiskBlobs:
         if stored is None or await self.missing(blob):
             raise NotFound(f"{blob} is not all in {self.root}")
         with self._using(stored):
+            async with stored.vouching:
+                await self._finish(stored, blob)
+
+    async def _finish(self, stored: _Stored, blob: Blob) -> None:
+        if not stored.complete:
+            if self._missing(stored, range(stored.blob.table.count)):
+                raise NotFound(f"{blob} is not all in {self.root} any more")
             try:
                 good = await self._run(files.complete, stored.directory, blob)
             except OSError as error:
@@ -321,6 +343,46 @@ class DiskBlobs:
                     hint="the chunk table is wrong: ask the superpeer to index the image again",
                 )
             stored.complete = True
+
+    async def withdraw(self, blob: Blob, chunks: Collection[int]) -> None:
+        """Believe these chunks no more, since their bytes are not what they should be; the blob is not complete then.
+
+        Raises StoreFull, Unavailable if that cannot be written down: this process does not believe them all the same.
+        """
+        stored = self._entry(blob)
+        if stored is None:
+            return
+        with self._using(stored, touch=False):
+            async with stored.vouching:
+                await self._withdraw_some(stored, blob, chunks)
+
+    async def _withdraw_some(self, stored: _Stored, blob: Blob, chunks: Collection[int]) -> None:
+        gone = [chunk for chunk in chunks if stored.present[chunk] or chunk in stored.claimed]
+        for chunk in gone:
+            stored.present[chunk] = 0
+            stored.claimed.discard(chunk)
+            length = blob.table.extent(chunk)[1]
+            stored.bytes -= length
+            self._bytes -= length
+        stored.unmarked |= stored.complete
+        marks = bytes(stored.present) if stored.unmarked else None
+        try:
+            # Until this has ended a complete blob keeps nothing: there is no file of marks yet.
+            await self._writing(stored.directory, files.withdraw, stored.directory, blob, gone, marks)
+            stored.unmarked = False
+        except DadiError:
+            stored.in_doubt = True
+            raise
+        finally:
+            stored.complete = False
+
+    async def _mark(self, stored: _Stored) -> None:
+        """Write the marks that could not be written when chunks of a complete blob were withdrawn."""
+        async with stored.vouching:
+            if stored.unmarked:
+                marks = bytes(stored.present)
+                await self._writing(stored.directory, files.withdraw, stored.directory, stored.blob, [], marks)
+                stored.unmarked = False
 
     def _withdraw(self, stored: _Stored) -> None:
         """Believe nothing of a blob any more."""
@@ -417,18 +479,19 @@ class DiskBlobs:
     # ---- holding and letting go
 
     @contextmanager
-    def hold(self, blob: Blob) -> Iterator[None]:
-        """Keep it from eviction."""
+    def hold(self, blob: Blob, *, touch: bool = True) -> Iterator[None]:
+        """Keep it from eviction; `touch`: it counts as used."""
         stored = self._blobs.get(blob.digest)
         if stored is None:
             raise NotFound(f"{blob} is not in {self.root}: nothing to hold")
-        with self._using(stored):
+        with self._using(stored, touch=touch):
             yield
 
     @contextmanager
-    def _using(self, stored: _Stored) -> Iterator[None]:
+    def _using(self, stored: _Stored, *, touch: bool = True) -> Iterator[None]:
         stored.holds += 1
-        stored.used_at = self._clock()
+        if touch:
+            stored.used_at = self._clock()
         try:
             yield
         finally:

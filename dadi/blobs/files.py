@@ -12,17 +12,28 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
+from typing import Protocol
 
 import structlog
 
-from dadi.blobs.layout import BlobDirectory, padded, sync_directory
+from dadi.blobs.layout import BlobDirectory, padded, sync_directory, write_durably
 from dadi.errors import Conflict, DigestMismatch, StoreFull, Unavailable
 from dadi.index.chunks import Blob
 
 log = structlog.get_logger()
 RAISE_LIMIT = "raise store.limit, or free some space"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.EUCLEAN, errno.EBADMSG)
+"""What a read says where the disk, or what lies on it, is broken; the last two are file systems' own checks."""
 _HASH_STEP = 4 << 20
+
+
+class Hash(Protocol):
+    """A hash that is fed (hashlib's)."""
+
+    def update(self, data: bytes, /) -> None:
+        """Take in."""
+        ...
 
 
 def full_or_broken(path: Path, error: OSError) -> StoreFull | Unavailable:
@@ -142,6 +153,81 @@ def hash_again(directory: BlobDirectory, blob: Blob, claims: list[int]) -> tuple
         log.warning("could not write down that chunks are bad", directory=str(directory.path), why=str(error))
         return good, False
     return good, True
+
+
+def withdraw(directory: BlobDirectory, blob: Blob, chunks: list[int], marks: bytes | None) -> None:
+    """Write down that chunks are not here; `marks`: those of all chunks, for a blob that was complete.
+
+    Raises OSError, and then a blob that was complete still is for the next process: the marks are there before what
+    vouches for the whole goes, since a blob with neither is thrown away.
+    """
+    if marks is not None:
+        write_durably(directory.present, marks)
+        directory.complete.unlink(missing_ok=True)
+        sync_directory(directory.path)
+    else:
+        fd = os.open(directory.present, os.O_WRONLY)
+        try:
+            for chunk in chunks:
+                os.pwrite(fd, b"\0", chunk)
+        finally:
+            os.close(fd)
+    if directory.data.stat().st_size != padded(blob.size):  # it was cut off, or grew
+        os.truncate(directory.data, padded(blob.size))
+
+
+def withdraw_or_doom(directory: BlobDirectory, blob: Blob, marks: bytes) -> None:
+    """Write the marks of a blob that is complete no more; else have the next start throw it away. Raises OSError."""
+    try:
+        withdraw(directory, blob, [], marks)
+    except OSError:
+        directory.complete.unlink(missing_ok=True)
+
+
+def bad_chunks(path: Path, blob: Blob, chunks: range, whole: Hash | None) -> list[int]:
+    """Return which of these chunks the disk does not have as they should be; feed what is read to `whole`.
+
+    Leaves no trace: neither a time of access nor pages in memory. Raises Unavailable for what says nothing of the disk,
+    as descriptors that are used up.
+    """
+    bad = []
+    try:
+        fd = _open_unseen(path)
+    except OSError as error:
+        _damage_or_raise(path, error)
+        return list(chunks)
+    try:
+        start, total = blob.table.span(chunks)
+        os.posix_fadvise(fd, start, total, os.POSIX_FADV_DONTNEED)  # the disk is asked, not the memory
+        for chunk in chunks:
+            offset, length = blob.table.extent(chunk)
+            part = b""
+            try:
+                part = os.pread(fd, length, offset)
+                blob.table.verify(chunk, part)
+            except OSError as error:
+                _damage_or_raise(path, error)
+                bad.append(chunk)
+            except DigestMismatch:
+                bad.append(chunk)
+            if whole is not None:
+                whole.update(part)
+        os.posix_fadvise(fd, start, total, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+    return bad
+
+
+def _open_unseen(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NOATIME)
+    except PermissionError:  # another user's file
+        return os.open(path, os.O_RDONLY)
+
+
+def _damage_or_raise(path: Path, error: OSError) -> None:
+    if error.errno not in _DAMAGE:
+        raise Unavailable(f"cannot read {path}: {error.strerror}", hint="try again when that is mended") from None
 
 
 def hash_and_sync(directory: BlobDirectory, size: int) -> str:

@@ -30,6 +30,8 @@ class Kept:
         missing = await self.store.missing(blob, chunks)
         if not missing:
             return await self._local(blob, chunks, urgency)
+        if len(missing) == len(chunks):  # the way of nearly all: no tasks for it
+            return await self._fetch(blob, chunks, urgency)
         found: dict[int, bytes] = {}
         gone = set(missing)
         here = runs([chunk for chunk in chunks if chunk not in gone])

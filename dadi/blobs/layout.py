@@ -111,7 +111,7 @@ class BlobDirectory:
             complete = self.complete.exists()
             present = None if complete else bytearray(self.present.read_bytes())
             size = self.data.stat().st_size
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, DadiError) as error:
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError, DadiError) as error:
             raise Malformed(f"{self.path}: {error}") from None
         if blob.digest != "sha256:" + self.path.name or size != padded(blob.size):
             raise Malformed(f"{self.path}: the table or the data is not this blob's")

@@ -58,7 +58,9 @@ class Patient:
                     raise
                 left = deadline - self._clock()
                 if left <= 0:
-                    raise self._gave_up(blob, error) from error
+                    failure = self._gave_up(blob, error)
+                    self._fallbacks.note("read failed, nobody could answer", failure.message)
+                    raise failure from error
                 self._fallbacks.note("read waits for upstream", error.message)
                 asked = error.retry_after if isinstance(error, Unavailable) and error.retry_after else 0.0
                 self.waiting += 1

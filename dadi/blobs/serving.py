@@ -22,6 +22,8 @@ import zstandard
 from aiohttp import web
 
 from dadi import digest as digests
+from dadi.blobs import answering
+from dadi.blobs.answering import Answer, cached, send_file
 from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.source import Urgency, urgency_of_word
 from dadi.errors import NotFound
@@ -32,10 +34,7 @@ from dadi.wire import URGENCY
 _RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})")
 FIRST_PART = 16 << 10
 """Bytes that leave together with what comes before them."""
-_STEP = 1 << 20
 _ENCRYPTED_STEP = 256 << 10
-_STALLED = 60.0
-"""Seconds that a step may take before its reader is given up."""
 
 
 class Shelf(Protocol):
@@ -111,11 +110,11 @@ class BlobServer:
                     self.wire_bytes += len(body)
                     del headers["Content-Length"]
                     return web.Response(status=206, body=body, headers={**headers, "Content-Encoding": "zstd"})
-            response = web.StreamResponse(status=status, headers=headers)
-            await response.prepare(request)
-            await send(request, response, file.fd, offset, length)
+            answer = Answer(request, status, headers)
+            await answer.begin()
+            await give(answer, file.fd, offset, length)
         self.wire_bytes += length
-        return response
+        return answer
 
 
 class Compressor:
@@ -192,6 +191,13 @@ def requested(request: web.Request, size: int) -> tuple[int, int, int]:
     return (first, last - first + 1, 206) if first <= last else (0, 0, 416)
 
 
+async def give(answer: Answer, fd: int, offset: int, length: int) -> None:
+    """Send all of an answer's body, bytes of a file. Raises as `send`."""
+    first = await answering.read(fd, offset, min(FIRST_PART, length))  # leaves together with the head
+    await answer.file(fd, offset + len(first), length - len(first), first)
+    await answer.end()
+
+
 async def send(request: web.Request, response: web.StreamResponse, fd: int, offset: int, length: int) -> None:
     """Send bytes of a file to whoever asked; raise ConnectionResetError if he has gone or does not read."""
     loop = asyncio.get_running_loop()
@@ -206,46 +212,6 @@ async def send(request: web.Request, response: web.StreamResponse, fd: int, offs
         await _send_encrypted(request, response, fd, offset, end)
         return
     await send_file(request, fd, offset, end - offset)
-
-
-async def send_file(request: web.Request, fd: int, offset: int, length: int) -> None:
-    """Send bytes of a file without their entering this process, past aiohttp; not under TLS. Raises as `send`."""
-    loop = asyncio.get_running_loop()
-    end = offset + length
-    while offset < end:
-        step = min(_STEP, end - offset)
-        if not _in_page_cache(fd, offset, step):
-            await loop.run_in_executor(None, _read_ahead, fd, offset, step)
-        transport = request.transport
-        if transport is None or transport.is_closing():
-            raise ConnectionResetError("the reader has gone")
-        done = _sent_at_once(transport, fd, offset, step)
-        if done < step:
-            try:
-                async with asyncio.timeout(_STALLED):
-                    with os.fdopen(os.dup(fd), "rb", buffering=0) as file:
-                        await loop.sendfile(transport, file, offset + done, step - done)
-            except TimeoutError:
-                # Somebody who asks and does not read would hold the blob for ever.
-                transport.abort()
-                raise ConnectionResetError("the reader does not read") from None
-            except ConnectionError as error:  # asyncio's own when it has gone meanwhile is of no class below that
-                raise ConnectionResetError(f"the reader has gone: {error}") from None
-        offset += step
-
-
-def _sent_at_once(transport: asyncio.Transport, fd: int, offset: int, length: int) -> int:
-    """Return how many bytes the socket has taken without waiting: mostly all, and the event loop's way costs more."""
-    if transport.get_write_buffer_size():
-        return 0  # what the transport holds goes first
-    sock = transport.get_extra_info("socket")
-    done = 0
-    try:
-        while done < length and (sent := os.sendfile(sock.fileno(), fd, offset + done, length - done)):
-            done += sent
-    except BlockingIOError:
-        pass
-    return done
 
 
 async def _send_encrypted(
@@ -267,32 +233,10 @@ async def _send_encrypted(
 async def write(request: web.Request, response: web.StreamResponse, body: bytes | memoryview) -> None:
     """Write; raise ConnectionResetError if the reader has gone, or does not read."""
     try:
-        async with asyncio.timeout(_STALLED):
+        async with asyncio.timeout(answering.STALLED):
             await response.write(body)
     except TimeoutError:
         # Somebody who asks and does not read would hold the answer for ever.
         if request.transport is not None:
             request.transport.abort()
         raise ConnectionResetError("the reader does not read") from None
-
-
-def cached(fd: int, offset: int, length: int) -> memoryview | None:
-    """Return what the page cache has at once of these bytes; None if it has not even the first."""
-    buffer = bytearray(length)
-    try:
-        got = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
-    except OSError:
-        return None
-    return memoryview(buffer)[:got] if got else None
-
-
-def _in_page_cache(fd: int, offset: int, length: int) -> bool:
-    probe = [bytearray(1)]
-    try:
-        return all(os.preadv(fd, probe, at, os.RWF_NOWAIT) for at in (offset, offset + length - 1))
-    except (BlockingIOError, OSError):
-        return False
-
-
-def _read_ahead(fd: int, offset: int, length: int) -> None:
-    os.pread(fd, length, offset)

@@ -8,6 +8,7 @@ chunk. Sits *outside* of what keeps chunks: else N readers would write N times.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
 
@@ -25,9 +26,11 @@ class SingleFlight:
     has come. That is what lets a node pass on to others what it is still getting; whoever is asked joins them again.
     """
 
-    def __init__(self, source: Source, *, by_chunk: bool = False) -> None:
+    def __init__(self, source: Source, *, by_chunk: bool = False, demand_joined: bool = False) -> None:
+        """`demand_joined`: with `by_chunk`, that what somebody waits for is fetched as runs all the same."""
         self.source = source
         self._by_chunk = by_chunk
+        self._demand_joined = demand_joined
         self.joined = 0
         """Chunks that were waited for instead of fetched a second time."""
         self._in_flight: dict[_Key, asyncio.Future[bytes]] = {}
@@ -49,7 +52,8 @@ class SingleFlight:
         self.joined += len(chunks) - len(new)
         for key in keys:
             self._urgency[key] = min(urgency, self._urgency.get(key, urgency))
-        for run in [range(chunk, chunk + 1) for chunk in new] if self._by_chunk else runs(new):
+        apart = self._by_chunk and not (self._demand_joined and urgency == Urgency.DEMAND)
+        for run in [range(chunk, chunk + 1) for chunk in new] if apart else runs(new):
             self._take_off(blob, run, urgency)
         return [self._in_flight[key] for key in keys]
 
@@ -93,8 +97,10 @@ def _key(blob: Blob, chunk: int) -> _Key:
     return blob.digest, blob.table.chunk_size, chunk
 
 
-def runs(chunks: list[int]) -> list[range]:
+def runs(chunks: Sequence[int]) -> list[range]:
     """Return ascending numbers as runs of neighbours: [1, 2, 5] gives [range(1, 3), range(5, 6)]."""
+    if isinstance(chunks, range):
+        return [chunks] if chunks else []
     found = []
     for _, group in groupby(enumerate(chunks), lambda pair: pair[1] - pair[0]):
         members = [chunk for _, chunk in group]

@@ -24,8 +24,8 @@ _LONGEST_SILENCE = 600.0
 
 
 class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("node", timeout=_LONGEST_SILENCE)
+    def __init__(self, path: str, patience: float) -> None:
+        super().__init__("node", timeout=patience)
         self._path = path
 
     def connect(self) -> None:
@@ -35,10 +35,11 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 class NodeClient:
-    """The node behind the socket at `path`."""
+    """The node behind the socket at `path`, which may be silent for `patience` seconds."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, patience: float = _LONGEST_SILENCE) -> None:
         self.path = path
+        self._patience = patience
 
     def call(self, method: str, path: str, parameters: dict[str, str] | None = None, body: Any = None) -> Any:
         """Return the JSON that the node answers; raise its error, or Unavailable if there is no node."""
@@ -62,7 +63,7 @@ class NodeClient:
         self, method: str, path: str, parameters: dict[str, str] | None, body: Any
     ) -> Iterator[http.client.HTTPResponse]:
         target = f"{path}?{urlencode(parameters)}" if parameters else path
-        connection = _UnixConnection(self.path)
+        connection = _UnixConnection(self.path, self._patience)
         try:
             connection.request(method, target, body=None if body is None else msgspec.json.encode(body))
             response = connection.getresponse()

@@ -10,8 +10,10 @@ from dadi import __version__
 from dadi.cli.containerd_config import containerd_config
 from dadi.cli.convert import convert
 from dadi.cli.doctor import doctor
+from dadi.cli.drain import drain
 from dadi.cli.index import index
 from dadi.cli.inspect import inspect
+from dadi.cli.install_units import install_units
 from dadi.cli.mount import mount, umount
 from dadi.cli.peers import peers
 from dadi.cli.prefetch import prefetch
@@ -19,6 +21,7 @@ from dadi.cli.pull import pull
 from dadi.cli.simulate import simulate
 from dadi.cli.status import status
 from dadi.cli.trace import trace
+from dadi.cli.verify import verify
 from dadi.errors import DadiError
 
 
@@ -33,7 +36,8 @@ def cli() -> None:
 
 
 for verb in (
-    mount, umount, pull, prefetch, status, peers, trace, inspect, index, convert, simulate, containerd_config, doctor,
+    mount, umount, pull, prefetch, status, peers, trace, inspect, drain, verify, index, convert, simulate,
+    containerd_config, install_units, doctor,
 ):  # fmt: skip
     cli.add_command(verb)
 

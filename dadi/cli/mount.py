@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,6 +12,11 @@ import msgspec
 
 from dadi.cli import show
 from dadi.cli.client import NodeClient, as_json, node_socket, platform_option
+from dadi.errors import Unavailable
+from dadi.node import released
+
+_FORCED = 20.0
+"""Seconds that the node has for a forced unmount before it is done without it."""
 
 
 @click.command()
@@ -50,6 +56,14 @@ def mount(image: str, directory: str, platform: str, node_socket: str, as_json: 
 @click.option("--force", is_flag=True, help="Also while it is in use: waiting reads fail, the mount is detached.")
 @node_socket
 def umount(directory: str, force: bool, node_socket: str) -> None:
-    """Unmount the image at DIRECTORY."""
-    parameters = {"directory": os.path.abspath(directory), "force": "1" if force else "0"}
-    NodeClient(node_socket).call("DELETE", "/v1/mounts", parameters)
+    """Unmount the image at DIRECTORY. With --force also while dadi-node is dead, or does not answer."""
+    directory = os.path.abspath(directory)
+    if not force:
+        NodeClient(node_socket).call("DELETE", "/v1/mounts", {"directory": directory, "force": "0"})
+        return
+    try:
+        NodeClient(node_socket, _FORCED).call("DELETE", "/v1/mounts", {"directory": directory, "force": "1"})
+    except Unavailable as error:
+        released.free(Path(node_socket).absolute().parent, directory)
+        left = f"{directory} was taken away all the same; reads that wait for bytes fail when dadi-node starts"
+        click.echo(f"{error.message}: {left}", err=True)

@@ -20,8 +20,10 @@ _MOST_LINES = 200
 def peers(image: str, node_socket: str, as_json: bool) -> None:
     """Show who gets IMAGE's blobs from whom, and rates and health of the upstreams that this node asks.
 
-    The tree of each blob comes from the superpeer that keeps it; "*" marks this node. What this node has seen of an
-    upstream is good, suspect (late once), dropped (left alone for a while), probing, or barred (it sent wrong bytes).
+    The tree of each blob comes from the superpeer that keeps it, and of this node's rack from the mate that places its
+    nodes; of other racks only the nodes are shown that the superpeer has placed. "*" marks this node. What this node
+    has seen of an upstream is good, suspect (late once), dropped (left alone for a while), probing, or barred (it sent
+    wrong bytes).
     """
     answer = NodeClient(node_socket).call("GET", "/v1/peers", {"image": image})
     if as_json:

@@ -4,13 +4,15 @@
     dadi prefetch status|list|cancel|retry|verify …
 
 Exit status 0 means what was asked for: images proven to be ready (with --detach: jobs taken by every superpeer and not
-refused by now); 1 anything else, and what that is.
+refused by now); 1 anything else, and what that is. Where `--scope startup` knows no trace, all of the image is brought
+and proven, which is said: 0 then means no less.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
+import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +26,7 @@ from dadi.cli import prefetch_show
 from dadi.cli.client import as_json
 from dadi.cli.prefetch_show import Board, Row
 from dadi.cli.prefetch_where import Where, images, platforms, where, where_options
+from dadi.cli.prefetch_who import Who, who_options
 from dadi.errors import DadiError, NotFound
 from dadi.prefetch.life import State
 from dadi.prefetch.messages import HIGHEST, LOWEST, USUAL, Job, Readiness, Request, Scope, canonical, job_id
@@ -31,10 +34,13 @@ from dadi.prefetch.when import moment
 
 if TYPE_CHECKING:
     from dadi.cli.prefetch_talk import Talk
+    from dadi.oci.credentials import CredentialSource
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 _JOB = re.compile(r"[0-9a-f]{12}")
+_GIVEN_AGAIN = 5
+"""How often a job is given its credentials again."""
 _SETTLED = {State.QUEUED, State.RESOLVING}
 
 
@@ -68,7 +74,7 @@ class _Rate(click.ParamType[float]):
 def _image_options(command: F) -> F:
     for option in (
         click.option("--scope", type=click.Choice(["startup", "full"]), default="full", show_default=True, help=(
-            "startup: what a container reads at its start, by its trace; full: everything.")),
+            "startup: what a container reads at its start, by its trace (without one everything); full: everything.")),
         click.option("--platform", "platform", multiple=True, metavar="OS/ARCH", help=(
             "For images of several platforms (may be given several times). Default: this machine's.")),
         click.option("--from-kubernetes", "-f", multiple=True, metavar="FILE", help=(
@@ -91,17 +97,21 @@ def prefetch() -> None:
 @click.argument("image", nargs=-1)
 @_image_options
 @where_options
+@who_options
 @click.option("--rate", type=_Rate(), default=0.0, metavar="RATE", help=(
-    "What a datacenter may take from the registry, such as 2Gbit. Default: no limit."))
+    "What a datacenter may take from the registry for all these images together, such as 2Gbit. Default: no limit."))
 @click.option("--at", type=_Moment(), default=0.0, metavar="TIME", help=(
     "When to begin: 2026-11-10T22:00+08:00, or +2h. The image is looked up, and all is checked, at once."))
 @click.option("--deadline", type=_Moment(), default=0.0, metavar="TIME", help=(
     "When it must be done; if --rate does not do, that is said at once."))
 @click.option("--priority", type=click.IntRange(LOWEST, HIGHEST), default=USUAL, show_default=True, help=(
     "Of jobs that run at the same time: the higher goes first."))
-@click.option("--pin-until", type=_Moment(), default=0.0, metavar="TIME", help="Do not evict it before that time.")
+@click.option("--pin-until", type=_Moment(), default=0.0, metavar="TIME", help=(
+    "Do not evict it before that time, nor on nodes that --nodes names."))
 @click.option("--nodes", default="", metavar="WHICH", help=(
     "Have nodes bring it too, once the superpeers have it: all, 20%, zone=a,rack=r7. It is not waited for."))
+@click.option("--node-rate", type=_Rate(), default=0.0, metavar="RATE", help=(
+    "What each of these nodes may take, such as 200Mbit. Default: no limit."))
 @click.option("--wait/--detach", "wait", default=True, help=(
     "Wait until it is done (the default), or only until the superpeers have taken and checked the jobs."))
 @as_json
@@ -121,22 +131,27 @@ def start(
     priority: int,
     pin_until: float,
     nodes: str,
+    node_rate: float,
     wait: bool,
     as_json: bool,
+    who: Who,
 ) -> None:
     """Bring IMAGEs to superpeers, and wait until they are proven to be there.
 
     Jobs are the superpeers': they go on when this command is broken off. The same image asked for again is the same
-    job. Registry credentials come from Docker's configuration, and are not kept.
+    job. Registry credentials (Docker's configuration, or --username) go with a job: superpeers fetch with them, or
+    with their own, and keep them in memory only, until it is done.
     """
     whom = where(superpeers, datacenters, everywhere, datacenters_file)
+    meant = [(name, on) for name in images(image, from_file, from_kubernetes) for on in platforms(platform)]
+    batch = secrets.token_hex(8) if rate and len(meant) > 1 else ""
     rows = [
         Row(canonical(Request(name, on, scope=scope, rate=rate, at=at, deadline=deadline, priority=priority,
-                              pin_until=pin_until, nodes=nodes)), place)
-        for name in images(image, from_file, from_kubernetes) for on in platforms(platform) for place in whom.places
+                              pin_until=pin_until, nodes=nodes, node_rate=node_rate, batch=batch)), place)
+        for name, on in meant for place in whom.places
     ]  # fmt: skip
     with Board(quiet=as_json) as board:
-        _run(whom, lambda talk: _start(talk, rows, board, wait=wait))
+        _run(whom, who, rows, lambda talk: _start(talk, rows, board, wait=wait))
     if as_json:
         click.echo(msgspec.json.encode([row.fields() for row in rows]))
     else:
@@ -146,7 +161,8 @@ def start(
 
 async def _start(talk: Talk, rows: Sequence[Row], board: Board, *, wait: bool) -> None:
     def enough(job: Job) -> bool:
-        return job.state.is_over if wait else job.state not in _SETTLED
+        # What is tried again later was taken, too.
+        return job.state.is_over if wait else job.state not in _SETTLED or job.tries > 0
 
     async def one(row: Row, url: str) -> None:
         def told(job: Job) -> None:
@@ -156,6 +172,11 @@ async def _start(talk: Talk, rows: Sequence[Row], board: Board, *, wait: bool) -
         try:
             told(await talk.begin(url, row.request))
             told(await talk.follow(url, row.jobs[url], told, enough))
+            for _ in range(_GIVEN_AGAIN):
+                if not row.jobs[url].needs_credentials or not await talk.has_credentials(row.request.reference):
+                    break
+                told(await talk.begin(url, row.request))  # it was restarted, and has them no more
+                told(await talk.follow(url, row.jobs[url], told, enough))
             if wait and row.jobs[url].state is State.READY:
                 request = row.request
                 row.readiness[url] = await talk.verify(url, request.reference, request.platform, request.scope)
@@ -170,6 +191,7 @@ async def _start(talk: Talk, rows: Sequence[Row], board: Board, *, wait: bool) -
 @click.argument("image", nargs=-1)
 @_image_options
 @where_options
+@who_options
 @as_json
 def verify(
     image: tuple[str, ...],
@@ -182,6 +204,7 @@ def verify(
     everywhere: bool,
     datacenters_file: str,
     as_json: bool,
+    who: Who,
 ) -> None:
     """Prove that IMAGEs start without their registry: every chunk of the scope is there and verified, twice.
 
@@ -191,7 +214,7 @@ def verify(
     rows = [Row(canonical(Request(name, on, scope=scope)), place)
             for name in images(image, from_file, from_kubernetes) for on in platforms(platform)
             for place in whom.places]  # fmt: skip
-    _run(whom, lambda talk: _verify(talk, rows))
+    _run(whom, who, rows, lambda talk: _verify(talk, rows))
     if as_json:
         click.echo(msgspec.json.encode([_proof(row) for row in rows]))
     for row in rows if not as_json else ():
@@ -219,7 +242,7 @@ def _proof(row: Row) -> dict[str, Any]:
     told: dict[str, Readiness] = row.readiness
     return {
         "image": row.request.reference, "platform": row.request.platform, "scope": row.request.scope,
-        "datacenter": row.place.name, "ready": not row.problems, "problems": row.problems,
+        "proven": row.proven, "datacenter": row.place.name, "ready": not row.problems, "problems": row.problems,
         "registry_requests": sum(each.registry_requests for each in told.values()),
         "superpeers": {url: msgspec.to_builtins(each) for url, each in told.items()},
     }  # fmt: skip
@@ -227,13 +250,18 @@ def _proof(row: Row) -> dict[str, Any]:
 
 @prefetch.command("list")
 @where_options
+@who_options
+@click.option("--registry", default="", metavar="HOST", help=(
+    "Also the jobs of this registry's images that our credentials for it open."))
 @as_json
 def list_(
-    superpeers: tuple[str, ...], datacenters: tuple[str, ...], everywhere: bool, datacenters_file: str, as_json: bool
-) -> None:
+    superpeers: tuple[str, ...], datacenters: tuple[str, ...], everywhere: bool, datacenters_file: str, registry: str,
+    as_json: bool, who: Who,
+) -> None:  # fmt: skip
     """List the jobs of images that anybody may have."""
     whom = where(superpeers, datacenters, everywhere, datacenters_file)
-    found, errors = _everywhere(whom, lambda talk, url: talk.jobs(url))
+    source = who.source((), [registry] if registry else ())
+    found, errors = _everywhere(whom, who, source, lambda talk, url: talk.jobs(url, registry))
     rows = [(name, url, job) for (name, url), jobs in found.items() for job in jobs]
     if as_json:
         click.echo(msgspec.json.encode([_told(name, url, job) for name, url, job in rows]))
@@ -253,6 +281,7 @@ def _job_command(verb: Callable[..., None]) -> click.Command:
             "Of a job that is named by its image.")),
         click.option("--platform", default="", metavar="OS/ARCH", help="Of a job that is named by its image."),
         where_options,
+        who_options,
         as_json,
         click.argument("job"),
     ):  # fmt: skip
@@ -260,7 +289,7 @@ def _job_command(verb: Callable[..., None]) -> click.Command:
     return prefetch.command()(verb)
 
 
-def _about_job(what: str, job: str, platform: str, scope: Scope, whom: Where, *, quiet: bool) -> None:
+def _about_job(what: str, job: str, platform: str, scope: Scope, whom: Where, who: Who, *, quiet: bool) -> None:
     reference = ""
     if not _JOB.fullmatch(job):
         request = canonical(Request(job, platforms([platform] if platform else [])[0], scope=scope))
@@ -269,7 +298,7 @@ def _about_job(what: str, job: str, platform: str, scope: Scope, whom: Where, *,
     async def one(talk: Talk, url: str) -> Job:
         return await (talk.act(url, job, what, reference) if what else talk.job(url, job, reference))
 
-    found, errors = _everywhere(whom, one)
+    found, errors = _everywhere(whom, who, who.source([reference] if reference else []), one)
     # Not every superpeer named here need have it: they may be of several datacenters.
     away = {key: error for key, error in errors.items() if not isinstance(error, NotFound)}
     if quiet:
@@ -285,40 +314,45 @@ def _about_job(what: str, job: str, platform: str, scope: Scope, whom: Where, *,
 @_job_command
 def status(
     job: str, platform: str, scope: Scope, superpeers: tuple[str, ...], datacenters: tuple[str, ...], everywhere: bool,
-    datacenters_file: str, as_json: bool,
+    datacenters_file: str, as_json: bool, who: Who,
 ) -> None:  # fmt: skip
     """Show all of a JOB, by its id or its image."""
-    _about_job("", job, platform, scope, where(superpeers, datacenters, everywhere, datacenters_file), quiet=as_json)
+    whom = where(superpeers, datacenters, everywhere, datacenters_file)
+    _about_job("", job, platform, scope, whom, who, quiet=as_json)
 
 
 @_job_command
 def cancel(
     job: str, platform: str, scope: Scope, superpeers: tuple[str, ...], datacenters: tuple[str, ...], everywhere: bool,
-    datacenters_file: str, as_json: bool,
+    datacenters_file: str, as_json: bool, who: Who,
 ) -> None:  # fmt: skip
-    """Stop a JOB; what it has brought stays until the room is needed."""
+    """Stop a JOB, or end the pin of one that is ready; what it has brought stays until the room is needed."""
     whom = where(superpeers, datacenters, everywhere, datacenters_file)
-    _about_job("cancel", job, platform, scope, whom, quiet=as_json)
+    _about_job("cancel", job, platform, scope, whom, who, quiet=as_json)
 
 
 @_job_command
 def retry(
     job: str, platform: str, scope: Scope, superpeers: tuple[str, ...], datacenters: tuple[str, ...], everywhere: bool,
-    datacenters_file: str, as_json: bool,
+    datacenters_file: str, as_json: bool, who: Who,
 ) -> None:  # fmt: skip
     """Begin a JOB that has ended once more, with the image as it is now."""
     whom = where(superpeers, datacenters, everywhere, datacenters_file)
-    _about_job("retry", job, platform, scope, whom, quiet=as_json)
+    _about_job("retry", job, platform, scope, whom, who, quiet=as_json)
 
 
 # ---- how
 
 
-def _run(whom: Where, work: Callable[[Talk], Any]) -> None:
+def _run(whom: Where, who: Who, about: Sequence[Row], work: Callable[[Talk], Any]) -> None:
+    _talk(whom, who, who.source([row.request.reference for row in about]), work)
+
+
+def _talk(whom: Where, who: Who, credentials: CredentialSource, work: Callable[[Talk], Any]) -> None:
     from dadi.cli.prefetch_talk import talking
 
     async def run() -> None:
-        async with talking(whom.tls) as talk:
+        async with talking(whom.tls, credentials, who.token) as talk:
             await work(talk)
 
     asyncio.run(run())
@@ -328,7 +362,9 @@ Found = dict[tuple[str, str], T]
 """By datacenter and superpeer."""
 
 
-def _everywhere(whom: Where, ask: Callable[[Talk, str], Any]) -> tuple[Found[Any], Found[DadiError]]:
+def _everywhere(
+    whom: Where, who: Who, credentials: CredentialSource, ask: Callable[[Talk, str], Any]
+) -> tuple[Found[Any], Found[DadiError]]:
     """Return what each superpeer answers, and what went wrong with the others."""
     found: Found[Any] = {}
     errors: Found[DadiError] = {}
@@ -342,7 +378,7 @@ def _everywhere(whom: Where, ask: Callable[[Talk, str], Any]) -> tuple[Found[Any
     async def everybody(talk: Talk) -> None:
         await asyncio.gather(*(one(talk, place.name, url) for place in whom.places for url in place.urls))
 
-    _run(whom, everybody)
+    _talk(whom, who, credentials, everybody)
     return found, errors
 
 

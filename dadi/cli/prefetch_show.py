@@ -59,6 +59,12 @@ class Row:
         return min((job.state for job in self.jobs.values()), key=_ORDER.index).value
 
     @property
+    def proven(self) -> str:
+        """The scope that was proven, by all superpeers: "full" where there was no trace for "startup"."""
+        proven = {each.proven for each in self.readiness.values()} or {job.proven for job in self.jobs.values()}
+        return min(proven) if proven else ""
+
+    @property
     def problems(self) -> list[str]:
         """What is wrong, a sentence each; none where the image is proven to be ready (or, detached, on its way)."""
         found = [f"{url}: {error}" for url, error in self.errors.items()]
@@ -75,7 +81,8 @@ class Row:
         superpeers |= {url: error_fields(error) for url, error in self.errors.items()}
         return {
             "image": self.request.reference, "platform": self.request.platform, "scope": self.request.scope,
-            "datacenter": self.place.name, "state": self.state, "total": self.total, "done": self.done,
+            "proven": self.proven, "datacenter": self.place.name, "state": self.state, "total": self.total,
+            "done": self.done,
             "ready": bool(self.readiness) and not self.problems, "problems": self.problems, "superpeers": superpeers,
         }  # fmt: skip
 
@@ -156,7 +163,8 @@ def results(rows: Sequence[Row], *, detached: bool) -> None:
         ids = ", ".join(sorted({job.id for job in row.jobs.values()}))
         what = "not ready" if problems else f"job {ids} is {row.state}" if detached else "ready"
         amount = f", {show.size(row.done)}" if row.total and not detached else ""
-        click.echo(f"{row.name}: {what}{amount}")
+        more = ", all of it" if what == "ready" and row.proven not in ("", row.request.scope) else ""
+        click.echo(f"{row.name}: {what}{more}{amount}")
         for problem in problems:
             click.echo(f"  {problem}")
         for note in dict.fromkeys(note for job in row.jobs.values() for note in job.notes):
@@ -185,8 +193,10 @@ def one(url: str, job: Job) -> None:
         "manifest": job.manifest_digest,
         "fetched": f"{show.size(job.done)} of {show.size(job.total)}",
         "rate": f"{show.size(request.rate)}/s" if request.rate else "",
+        "proven": "all of it" if job.proven not in ("", request.scope) else "",
         "begins": written(request.at),
         "deadline": written(request.deadline),
+        "tried": f"until {written(job.patience)}, {job.tries + 1} times by now" if job.tries else "",
         "pinned": f"until {written(request.pin_until)}" if request.pin_until else "",
         "nodes": f"{request.nodes}: {_nodes(job)}" if request.nodes else "",
         "failed": str(job.failure() or ""),
@@ -194,6 +204,8 @@ def one(url: str, job: Job) -> None:
     for name, text in lines.items():
         if text:
             click.echo(f"  {name:<9} {text}")
+    for pin in job.pins:
+        click.echo(f"  kept      {pin.manifest} until {written(pin.until)}")
     for lacking in job.lacking:
         click.echo(f"  lacks     {lacking}")
     for note in job.notes:

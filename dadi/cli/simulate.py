@@ -65,8 +65,9 @@ _OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
     ("root-slots", click.IntRange(min=1), 2, "Children that the superpeer takes."),
     ("latency", _TIME, "0.5ms", "One way between two machines, with what they need to answer."),
     ("registry-latency", _TIME, "5ms", "One way to the registry."),
-    ("join-time", _TIME, "0.6ms", "Processor time of the superpeer for each join of a layer, one after the other. The "
-     "default was measured, with the HTTP request around it; the directory's own part is 0.02ms."),
+    ("join-time", _TIME, "0.6ms", "Processor time for each join of a layer, of whoever answers it, the superpeer or a "
+     "rack's delegate, one after the other. The default was measured, with the HTTP request around it; the directory's "
+     "own part is 0.02ms."),
     ("misses", click.IntRange(min=0), 50, "Reads of the program that depend on each other, besides the bulk."),
     ("think", _TIME, "0.2ms", "What the program computes between two reads."),
     ("fail", _SHARE, "0%", "Nodes that go silent for good, each at a random moment."),
@@ -98,9 +99,11 @@ def simulate(no_trace: bool, plot: str | None, as_json: bool, **options: Any) ->
     The directory and the choice of peers are the programs' own code; links, latencies and the program that reads are
     simulated, in simulated time. A transfer is a run of --join neighbouring chunks, passed on when it is whole; a link
     sends one run after the other, demand first. Links between racks are counted, not limited; bytes are not compressed;
-    a node's processor and disk cost nothing but --latency. Nodes wait for their place in the tree, however long the
-    joins of all take: that a superpeer puts off joins when it has too many, and that a node reads from it meanwhile, is
-    left out. The defaults take about a minute of one core.
+    a node's processor and disk cost nothing but --latency and --join-time. Nodes of a rack join by one of themselves,
+    which takes one of them to the superpeer: the groups stand before, as they do where nodes are up before an image
+    comes. Nodes wait for their place in the tree, however long the joins of all take: that a superpeer puts off joins
+    when it has too many, and that a node reads from it meanwhile, is left out. The defaults take about two minutes of
+    one core.
     """
     from dadi.simulate.plot import draw, ready
     from dadi.simulate.result import simulate as run
@@ -148,8 +151,7 @@ def _show(result: Result, seconds: float) -> None:
         f"  tree              {_time(result.tree)} by the formula, {result.depth} deep, up to {result.children} "
         "children a node\n"
         f"registry            {result.registry_copies:.2f} copies\n"
-        f"superpeers          {result.superpeer_copies:.2f} copies sent; {_time(result.superpeer_busy)} of processor "
-        "for joins, the busiest\n"
+        f"superpeers          {result.superpeer_copies:.2f} copies sent\n"
         f"joins               {_joins(result)}\n"
         f"hedges              {result.hedges:,}, {result.moves:,} moves to another parent, "
         f"{result.wasted_copies:.2f} copies came twice or wrong\n"
@@ -160,10 +162,14 @@ def _show(result: Result, seconds: float) -> None:
 
 def _joins(result: Result) -> str:
     s = result.settings
-    took = s.nodes * s.layers * s.join_time / min(s.superpeers, s.layers)
-    said = f"{_time(took)} one after the other, {_time(s.join_time)} each"
+    joins = s.nodes * s.layers
+    said = (
+        f"{joins:,}, {result.outer:,} of them at superpeers; processor: {_time(result.superpeer_busy)} of the busiest "
+        f"superpeer, {_time(result.node_busy)} of the busiest delegate"
+    )
+    took = max(result.outer * s.join_time / min(s.superpeers, s.layers), result.node_busy)
     if took > result.last / 2:
-        said += ": they, and not the links, are what takes the time (see --join-time and --superpeers)"
+        said += "\n  they, and not the links, are what takes the time (see --join-time and --superpeers)"
     return said
 
 

@@ -27,6 +27,7 @@ def status(devices: bool, node_socket: str, as_json: bool) -> None:
         click.echo(msgspec.json.encode(answer))
         return
     _mounts(answer["mounts"], devices)
+    _drain(answer.get("drain"))
     _traffic(answer)
     _tls(answer.get("tls"))
     _fallbacks(answer["fallbacks"])
@@ -65,6 +66,14 @@ def _traffic(answer: dict[str, Any]) -> None:
     limit = f" of at most {show.size(store['limit'])}" if store["limit"] else ""
     click.echo(f"store: {show.size(store['bytes'])}{limit} in {store['blobs']} blobs; "
                f"backfill: {answer['backfill']['state']}")  # fmt: skip
+
+
+def _drain(drain: dict[str, Any] | None) -> None:
+    if drain and drain["state"] == "drained":
+        click.echo("\nDRAINED: nothing depends on dadi-node; `dadi drain --undo` or a restart ends that")
+    elif drain and drain["state"] == "draining":
+        click.echo(f"\nDRAINING: {drain['lazy_devices']} devices are still lazy, {show.size(drain['bytes'])} of "
+                   f"{show.size(drain['total'])} are here")  # fmt: skip
 
 
 def _trace(trace: dict[str, Any] | None) -> None:

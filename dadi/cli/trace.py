@@ -1,7 +1,11 @@
-"""`dadi trace show|export|import|clear IMAGE`: what containers of an image read first, as superpeers have learnt it."""
+"""`dadi trace show|export|import|clear IMAGE`: what containers of an image read first, as superpeers have learnt it.
+
+The node is asked, which asks superpeers. Only `export --push` talks to a registry by itself.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,9 @@ import msgspec
 
 from dadi.cli import show as shown
 from dadi.cli.client import NodeClient, as_json, node_socket, platform_option
+from dadi.cli.registry import DEFAULT_CONFIG, registry_client, registry_config, signing_key
 from dadi.errors import ConfigError, NotFound
+from dadi.oci.reference import Reference
 
 
 @click.group()
@@ -64,22 +70,52 @@ def _chunks(found: dict[str, Any], group: dict[str, Any]) -> None:
 
 @trace.command(name="export")
 @click.argument("image")
-@click.option("--output", default="-", metavar="FILE", help="Where to write it; default: standard output.")
+@click.option("--output", default="", metavar="FILE", help=(
+    "Where to write it. Default: standard output, or nowhere with --push."))
+@click.option("--push", is_flag=True, help=(
+    "Push it beside the image, as an OCI artifact: superpeers that know nothing yet of its starts begin with it."))
+@click.option("--sign-key", metavar="FILE", type=click.Path(dir_okay=False), help=(
+    "With --push: Ed25519 private key (PEM) to sign it with, for superpeers with indexing.trusted_keys."))
+@click.option("--plain-http", is_flag=True, help="With --push: speak plain HTTP to the image's registry.")
+@click.option("--config", "config_file", metavar="FILE", type=click.Path(dir_okay=False), help=(
+    f"With --push: TOML file whose [registry] table is like the daemons'. Default: {DEFAULT_CONFIG}, if it exists."))
 @platform_option
 @node_socket
-def export_(image: str, output: str, platform: str, node_socket: str) -> None:
-    """Write what was learnt of IMAGE as JSON, for `dadi trace import` in another datacenter."""
+def export_(image: str, output: str, push: bool, sign_key: str | None, plain_http: bool, config_file: str | None,
+            platform: str, node_socket: str) -> None:  # fmt: skip
+    """Write what was learnt of IMAGE as JSON, for `dadi trace import` in another datacenter; or push it there."""
+    if not push and (sign_key or plain_http or config_file):
+        raise click.UsageError("--sign-key, --plain-http and --config belong to --push")
     answer = _asked(node_socket, "GET", image, platform)
     if answer["trace"] is None:
         raise NotFound(f"nothing was learnt of starts of {answer['reference']} yet", hint="start it once")
     text = _lines(answer["trace"])
-    if output == "-":
+    if output == "-" or not (output or push):
         click.echo(text, nl=False)
-        return
-    try:
-        Path(output).write_text(text)
-    except OSError as error:
-        raise ConfigError(f"cannot write {output}: {error.strerror}") from None
+    elif output:
+        try:
+            Path(output).write_text(text)
+        except OSError as error:
+            raise ConfigError(f"cannot write {output}: {error.strerror}") from None
+    if push:
+        digest = asyncio.run(_push(image, answer["manifest_digest"], text.encode(), sign_key, plain_http, config_file))
+        click.echo(f"{answer['reference']}: the startup trace is pushed, as {digest}", err=True)
+
+
+async def _push(image: str, manifest: str, text: bytes, sign_key: str | None, plain_http: bool,
+                config_file: str | None) -> str:  # fmt: skip
+    """Push a trace beside the very image that it is of, wherever the tag leads by now; return its digest."""
+    from dadi.publish.artifacts import bring_trace
+    from dadi.publish.target import RegistryTarget
+
+    key = await signing_key(sign_key)
+    reference = Reference.parse(image)
+    settings = await asyncio.to_thread(registry_config, config_file, [reference], plain_http)
+    async with registry_client(settings) as client:
+        subject, _ = await client.manifest(reference, manifest)
+        target = RegistryTarget(client, reference, "bring it with `dadi trace export` and `dadi trace import`")
+        with shown.Transfer(f"pushing the startup trace of {image}", quiet=True) as progress:
+            return (await bring_trace(target, subject, text, key, progress)).digest
 
 
 @trace.command(name="import")

@@ -21,6 +21,7 @@ Usage".)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -209,6 +210,14 @@ def decode_signature(manifest: Manifest) -> Descriptor:
     if manifest.artifact_type != SIGNATURE_TYPE or len(manifest.layers) != 1:
         raise Malformed("not the artifact of a signature")
     return manifest.layers[0]
+
+
+def encode_manifest(
+    artifact_type: str, held: Sequence[Descriptor], subject: Descriptor, annotations: dict[str, str]
+) -> bytes:
+    """Return the manifest of an artifact of another kind, made as ours are."""
+    layers = [_wire(item, item.media_type, item.annotations) for item in held]
+    return _manifest(artifact_type, layers, subject, annotations)
 
 
 def _manifest(

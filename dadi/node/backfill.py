@@ -48,12 +48,20 @@ class Backfill:
         self._task: asyncio.Task[None] | None = None
         self._woken_at = self._first_woken_at = 0.0
         self._next_at = 0.0
+        self._hurried = False
         self.bytes = 0
         self.state = "idle"
 
     def start(self) -> None:
         """Begin to watch for lazy devices."""
         self._task = asyncio.create_task(self._run())
+
+    async def hurry(self, hurried: bool) -> None:
+        """Go on at once, without waiting for quiet, and also where it is not enabled; or as usual again."""
+        self._hurried = hurried
+        await self.close()  # it may be in a long pause
+        self._wake.set()
+        self.start()
 
     def wake(self) -> None:
         """There is something new to fetch."""
@@ -69,7 +77,7 @@ class Backfill:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
-        if not self._config.enabled:
+        if not (self._config.enabled or self._hurried):
             self.state = "disabled"
             return
         pause = _FIRST_PAUSE
@@ -90,9 +98,11 @@ class Backfill:
             elif self._devices.lazy():
                 self.state = "paused: nothing could be fetched or kept"
                 await self._sleep(pause)
-                pause = min(pause * 2, _LONGEST_PAUSE)
+                pause = _FIRST_PAUSE if self._hurried else min(pause * 2, _LONGEST_PAUSE)
 
     async def _quiet(self) -> None:
+        if self._hurried:
+            return
         self.state = "waiting for quiet"
         # A program that has just been mounted has not read anything yet: that is no quiet.
         while min(self._demand.quiet_for(), self._clock() - self._woken_at) < self._config.quiet:

@@ -9,7 +9,7 @@ import msgspec
 from dadi.config import RATE, SECONDS, SIZE, described
 from dadi.log import LogLevel
 from dadi.oci.config import CredentialsConfig, RegistryConfig
-from dadi.originals.config import FrontConfig
+from dadi.originals.config import FrontConfig, OriginalsConfig
 from dadi.tls import TlsConfig
 
 
@@ -50,6 +50,7 @@ class TraceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     quiet: Annotated[
         float, described("it is over when nothing new was read for so long", SECONDS, at_least=0)
     ] = 2.0
+    rate: Annotated[int, described("how fast to fetch ahead at most; 0: no limit", RATE, at_least=0)] = 0
     drop_below: Annotated[
         float, described("a trace of which less than this share was read is not replayed again; 0: always", at_least=0)
     ] = 0.3
@@ -156,6 +157,9 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     snapshotter: Annotated[SnapshotterConfig, described("containerd's snapshotter")] = SnapshotterConfig()
     peers: Annotated[PeersConfig, described("nodes give each other what they have")] = PeersConfig()
     proxy: Annotated[ProxyConfig, described("the registry proxy in this process")] = ProxyConfig()
+    originals: Annotated[
+        OriginalsConfig, described("its tags and permissions; with superpeers it is theirs that counts")
+    ] = OriginalsConfig()
     tls: Annotated[TlsConfig, described("TLS to superpeers, to and from nodes, for plain pulls")] = TlsConfig()
     cri: Annotated[CriConfig, described("pull secrets of Kubernetes")] = CriConfig()
     credentials: Annotated[CredentialsConfig, described("kubelet's credential providers")] = CredentialsConfig()

@@ -6,6 +6,9 @@
     GET    /v1/peers?image=I                            JSON, see `Peering.trees`
     POST   /v1/mounts {image, directory, platform}      events: "progress" …, "mounted" (a row of the status), "done"
     DELETE /v1/mounts?directory=D[&force=1]             {}
+    POST   /v1/drain[?timeout=SECONDS]                  events: "progress" …, "drained", "done"; see `Drain.watch`
+    DELETE /v1/drain                                    {}
+    POST   /v1/verify[?repair=1][&rate=BYTES]           events: "progress" …, "bad" …, "verified", "done": `Verifying`
     GET    /v1/traces?image=I[&platform=P]              {reference, platform, manifest_digest, trace: JSON or null}
     POST   /v1/traces {image, platform, trace}          the same, after the trace was given to the superpeer
     DELETE /v1/traces?image=I[&platform=P]              {}
@@ -66,7 +69,7 @@ def create(node: Node) -> web.Application:
     async def mount(request: web.Request) -> web.StreamResponse:
         try:
             body = msgspec.json.decode(await request.read(), type=MountRequest)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise InvalidRequest(f"not a mount request: {error}") from None
         work = node.mounts.mount(body.image, normalized(body.directory), body.platform or node.platform)
         return await http.stream_events(request, work)
@@ -79,6 +82,17 @@ def create(node: Node) -> web.Application:
             raise Conflict(f"{directory} belongs to containerd's snapshots", hint=hint)
         await node.mounts.unmount(directory, force=force)
         return web.json_response({})
+
+    async def drain(request: web.Request) -> web.StreamResponse:
+        return await http.stream_events(request, node.drain.watch(_number(request.query.get("timeout", "0"))))
+
+    async def undo_drain(request: web.Request) -> web.Response:
+        await node.drain.end()
+        return web.json_response({})
+
+    async def verify(request: web.Request) -> web.StreamResponse:
+        rate, repair = _number(request.query.get("rate", "0")), request.query.get("repair") == "1"
+        return await http.stream_events(request, node.verifying.run(repair=repair, rate=rate))
 
     async def peers(request: web.Request) -> web.Response:
         if node.peering is None:
@@ -124,7 +138,20 @@ def create(node: Node) -> web.Application:
     app.router.add_post("/v1/mounts", mount)
     app.router.add_delete("/v1/mounts", unmount)
     app.router.add_get("/v1/inspect", inspect)
+    app.router.add_post("/v1/drain", drain)
+    app.router.add_delete("/v1/drain", undo_drain)
+    app.router.add_post("/v1/verify", verify)
     return app
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < 1e12:
+        raise InvalidRequest(f"{text[:40]!r} is no number that has a meaning here")
+    return number
 
 
 def normalized(directory: str) -> str:

@@ -1,6 +1,7 @@
 """Block devices over blobs: one per blob and node, shared by all images that have the layer.
 
     life cycle   LAZY ──complete──► LOCAL        a loop device over a file in our FUSE mount; then over the store's file
+                 LOCAL ──bad bytes──► LAZY       its file was found damaged: read through us until it is whole again
                  LAZY ──lied──────► BROKEN       all chunks matched the table, the whole not its digest: reads fail
 
 A blob that is complete when it is attached is LOCAL from the start, and then our process is never in its read path.
@@ -249,6 +250,30 @@ class Devices:
                 await in_kernel(self._session.remove, device.lazy_file.name)
                 device.lazy_file = None
         log.info("local: no longer in the read path", device=device.path, blob=device.blob.digest)
+
+    async def demote(self, digest: str) -> bool:
+        """Have a local device read through us again, since its file has wrong bytes; say whether there was one.
+
+        The store must have withdrawn the chunks before; `complete` makes the device local again.
+        """
+        async with self._changing:
+            device = self._devices.get(digest)
+            if device is None or device.state is not DeviceState.LOCAL or device.loop is None:
+                return False
+            file = device.resources.enter_context(self._store.open_device(device.blob))
+            device.lazy_file = LazyFile(file, self._chain, self._demand)
+            self._session.add(device.lazy_file)
+            path = Path(self._session.directory) / device.lazy_file.name
+            try:
+                await in_kernel(device.loop.swap, str(path))
+            except DadiError:
+                await in_kernel(self._session.remove, device.lazy_file.name)
+                device.lazy_file = None
+                raise
+            device.state = DeviceState.LAZY
+        log.error("a local file has wrong bytes: read through dadi-node until it is whole", device=device.path,
+                  blob=digest)  # fmt: skip
+        return True
 
     async def settle(self, seconds: float) -> None:
         """Wait until no device is being re-pointed, but not for ever."""

@@ -4,9 +4,10 @@
     then    keep it; a keeper that ends is replaced, since we still have the descriptor
     stop    lazy images mounted: leave, nothing unmounted; else unmount, and let go of it
 
-What cannot be taken over (another version, damaged, unmounted, a kernel before 6.9) is said, and mounted anew. A keeper
-that does not answer (stopped, a busy machine) may hold a mount whose readers wait: it is asked again, and at last the
-start is refused; never is a second FUSE mount put over the first.
+What cannot be taken over (damaged, unmounted, a kernel before 6.9) is said, and mounted anew. What a version too new
+has left is not touched: the start is refused, and its readers wait for that version. A keeper that does not answer
+(stopped, a busy machine) may hold a mount whose readers wait: it is asked again, and at last the start is refused;
+never is a second FUSE mount put over the first.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import NamedTuple
 
 import structlog
 
-from dadi.errors import DadiError, NotFound, Unavailable, Unreachable
+from dadi.errors import DadiError, NotFound, Unavailable, Unreachable, Unsupported
 from dadi.fallbacks import Fallbacks
 from dadi.keeper.client import KeeperProcess
 from dadi.keeper.store import DescriptorStore, close_all
@@ -69,9 +70,9 @@ class Handover:
     async def take(self, directory: Path) -> LeftMount | None:
         """Return the mount on `directory` that an earlier process has left; None, having said why, if there is none.
 
-        What cannot be taken over is let go of: its readers get errors, and the place is free. Raises Unavailable if a
-        mount stands there and the keeper does not say what it holds, for long: to mount anew would cut off readers that
-        could have gone on.
+        What cannot be taken over is let go of: its readers get errors, and the place is free. Raises Unsupported if a
+        version of dadi that is too new has left it; Unavailable if a mount stands there and the keeper does not say
+        what it holds, for long: to mount anew would cut off readers that could have gone on.
         """
         try:
             taken = await self._taken(directory)
@@ -94,6 +95,8 @@ class Handover:
             return left
         except DadiError as error:
             os.close(fd)
+            if isinstance(error, Unsupported) and await in_kernel(kernel.mounted_at, directory) is not None:
+                raise
             log.error("the FUSE mount of the process before cannot be taken over", why=str(error))
             self._fallbacks.note("lazy mounts not taken over", str(error))
             await self.drop()

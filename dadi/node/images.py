@@ -96,7 +96,7 @@ class NodeImages:
         key = f"sha256:{path.stem}"
         try:
             record = msgspec.json.decode(await asyncio.to_thread(path.read_bytes), type=_Record)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             log.warning("dropped what was known of an image", file=str(path), why=str(error))
             await asyncio.to_thread(path.unlink, missing_ok=True)
             return
@@ -117,6 +117,7 @@ class NodeImages:
             key = await self._resolved((reference, manifest_digest))
             self._touched[key] = time.monotonic()  # a pull is under way: see `keep_only`
             index = await self._index(key, self._images[key].answer)
+            self._mounts.admit(index)
         return LazyImage(key, chain_ids([layer.diff_id for layer in index.layers]))
 
     async def _resolved(self, asked: _Asked) -> str:

@@ -16,6 +16,7 @@ from dadi.node.config import NodeConfig
 from dadi.node.in_kernel import under_way
 from dadi.node.node import Node
 from dadi.node.proxying import PlainPulls
+from dadi.notify import notify
 
 if TYPE_CHECKING:
     from dadi.containerd.cri import Proxying
@@ -45,6 +46,7 @@ async def serve(config: NodeConfig, stop: asyncio.Event) -> None:
             if node.snapshots is not None:
                 snapshotter = await _snapshotter(config, node.snapshots)
             log.info("node is ready", run=config.run, state=config.state, mounts=len(node.mounts.statistics()))
+            notify.ready()
             await stop.wait()
         finally:
             if cri is not None:

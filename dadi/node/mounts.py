@@ -93,6 +93,8 @@ class Mounts:
         self.metadata = Metadata(store, upstream, fallbacks, on_index)
         self.predecessor_is_dying: Callable[[], bool] = lambda: False
         """Whether calls of an earlier process, which was killed, may still be in the kernel."""
+        self.admit: Callable[[ImageIndex], None] = lambda index: None
+        """Raises if an image must not be mounted now."""
         self.on_start: Callable[[ImageIndex, asyncio.Event], None] = lambda index, made: None
         """Told of an image that is being mounted, all of it and not again, as soon as its metadata is here."""
 
@@ -220,6 +222,7 @@ class Mounts:
         `made`: the image is about to be started; set when it is mounted.
         """
         index = await self.metadata.index(record.answer)
+        self.admit(index)
         if record.layers:
             index = await self.metadata.prefix(index, record.layers, holds)
         await self.metadata.hold(record.answer, index, holds)
@@ -508,6 +511,10 @@ class Mounts:
         self._mounts.clear()
 
     # ---- state
+
+    def settled(self) -> bool:
+        """Say whether nothing is being mounted or unmounted."""
+        return not (self._tasks or self._busy)
 
     def lazy(self) -> list[Mount]:
         """Return the mounts that may still need upstream."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import structlog
 
-from dadi import __version__, locks
+from dadi import __version__, locks, state_version
 from dadi import digest as digests
 from dadi.blobs.chain import Chain
 from dadi.blobs.disk import DiskBlobs
@@ -31,6 +31,7 @@ from dadi.node.backfill import Backfill
 from dadi.node.config import NodeConfig
 from dadi.node.demand import Demand
 from dadi.node.devices import Devices
+from dadi.node.drain import Drain
 from dadi.node.handover import Handover
 from dadi.node.images import NodeImages
 from dadi.node.in_kernel import in_kernel
@@ -38,7 +39,9 @@ from dadi.node.mounts import Mounts
 from dadi.node.peering import Peering
 from dadi.node.proxying import PlainPulls, Served
 from dadi.node.records import MountRecords
+from dadi.node.released import Released
 from dadi.node.startup import Startups
+from dadi.node.verifying import Verifying
 from dadi.node.warm import Warmer
 from dadi.oci import platforms
 from dadi.oci.keychain import Keychain, PullSecrets
@@ -46,7 +49,7 @@ from dadi.oci.reference import Reference
 from dadi.peers.superpeer import SuperpeerClient, Upstream
 from dadi.peers.tokens import Needed, Tokens
 from dadi.prefetch.client import TraceClient, TraceKeeper
-from dadi.prefetch.trace import Message
+from dadi.prefetch.trace import Given, Message
 from dadi.snapshotter.snapshots import Snapshots
 from dadi.tls import Tls
 from dadi.wire import Event
@@ -100,16 +103,15 @@ class EmbeddedTraces:
     def __init__(self, superpeer: Superpeer) -> None:
         self._superpeer = superpeer
 
-    async def fetch(self, manifest: str) -> bytes:
+    async def fetch(self, manifest: str) -> Given:
         """See `TraceKeeper`."""
-        return self._superpeer.traces.given(manifest)
+        return await self._superpeer.traces.asked(manifest)
 
-    async def send(self, message: Message) -> None:
+    async def send(self, message: Message) -> bool:
         """See `TraceKeeper`."""
         catalog = self._superpeer.catalog
         record = catalog.record_of(message.manifest)
-        if record is not None:
-            await self._superpeer.traces.learn(message, catalog.image(record))
+        return record is not None and await self._superpeer.traces.learn(message, catalog.image(record))
 
     async def clear(self, manifest: str) -> None:
         """See `TraceKeeper`."""
@@ -139,20 +141,25 @@ class Node:
         """Begun by who serves our sockets, ended by `close`."""
         self.upstream, self.peering = self._upstream()
         self.chain = Chain(store, self.upstream.source, patience=config.read.patience, fallbacks=self.fallbacks,
-                           hurry=self.peering.parents.hurry if self.peering else None)  # fmt: skip
+                           hurry=self.peering.parents.hurry if self.peering else None,
+                           in_turns=self.peering is None)  # fmt: skip
         self.session = Session(str(Path(config.run) / "fuse"), loop, threads=config.fuse_threads)
         self.handover = Handover(Path(config.run), self.fallbacks)
         self.taken_over = 0
         """FUSE files of an earlier process that went on with this one."""
         self.devices = Devices(store, self.chain, self.session, self.demand, self.fallbacks)
         self.backfill = Backfill(config.backfill, store, self.chain, self.devices, self.demand, self.fallbacks)
-        records = MountRecords(Path(config.state) / "mounts")
+        records = MountRecords(Path(config.state) / "mounts", Released(Path(config.run)))
         self.mounts = Mounts(
             records, store, self.devices, self.upstream, self.fallbacks, self.backfill.wake, self._expect
         )
 
         self.mounts.predecessor_is_dying = lambda: lock.predecessor_is_dying
 
+        self.drain = Drain(store, self.devices, self.backfill, self.peering, settled=self.mounts.settled,
+                           files=lambda: self.session.statistics()["files"])  # fmt: skip
+        self.mounts.admit = self.drain.admit
+        self.verifying = Verifying(self)
         self.startups = Startups(config.trace, store, self.chain, self.devices, self.demand, self._traces(),
                                  self.fallbacks, name=self._own_name)  # fmt: skip
         self.mounts.on_start = self.startups.begin
@@ -177,7 +184,8 @@ class Node:
             peering = Peering(config.peers, client, self.store, self.fallbacks, Path(config.state),
                               compress=read.compress, tls=self.tls, in_use=self._in_use)
             return peering.upstream, peering
-        embedded = SuperpeerConfig(state=str(Path(config.state) / "superpeer"), registry=config.registry)
+        embedded = SuperpeerConfig(state=str(Path(config.state) / "superpeer"), registry=config.registry,
+                                   originals=config.originals)  # fmt: skip
         self.embedded = Superpeer(embedded, self.store, self.fallbacks, self.keychain)
         return EmbeddedSuperpeer(self.embedded), None
 
@@ -223,6 +231,7 @@ class Node:
             await asyncio.to_thread(path.mkdir, parents=True, exist_ok=True)
         lock = await asyncio.to_thread(_locked, run)
         try:
+            await asyncio.to_thread(state_version.check, state)
             store = await asyncio.to_thread(lambda: DiskBlobs(state / "store", limit=config.store.limit))
         except BaseException:
             lock.release()
@@ -350,6 +359,7 @@ class Node:
         if self.warmer:
             await self.warmer.close()
         await self.startups.close()
+        await self.drain.close()
         await self.backfill.close()
         if self.peering:
             await self.peering.stop_serving()
@@ -395,6 +405,7 @@ class Node:
             "proxy": self.proxying.statistics() if self.proxying else None,
             "tokens": self.tokens.statistics(),
             "backfill": self.backfill.statistics(),
+            "drain": self.drain.statistics(),
             "trace": self.startups.statistics(),
             "prefetch": self.warmer.statistics() if self.warmer else None,
             "snapshots": self.snapshots.statistics() if self.snapshots else None,

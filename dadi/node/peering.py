@@ -29,9 +29,12 @@ from dadi.node.config import PeersConfig
 from dadi.node.demand import Demand
 from dadi.oci.reference import Reference
 from dadi.peers import link
+from dadi.peers.desk import Desk
 from dadi.peers.directory_client import DirectoryClient
 from dadi.peers.frames import Frames
 from dadi.peers.gate import OPEN, Gate
+from dadi.peers.group import Group
+from dadi.peers.grouped import GroupedDirectory
 from dadi.peers.health import Health
 from dadi.peers.known_again import KnownAgain
 from dadi.peers.membership import Condition
@@ -109,15 +112,20 @@ class Peering:
         self._tls = tls
         self._fallbacks = fallbacks
         self.link = config.link
-        self.directory = DirectoryClient(client.superpeers, client.session, fallbacks, tokens=client.tokens)
         self.frames = Frames(config.compressed_cache if compress else 0)
         self.upload = Upload(rate=config.upload_rate, children=config.children)
         self.pressure = Pressure(memory=config.memory_pressure, cpu=config.cpu_pressure)
+        scheme = "https" if tls else "http"
+        self.desk = Desk(Group(), self.pressure)
+        self.directory = GroupedDirectory(
+            DirectoryClient(client.superpeers, client.session, fallbacks, tokens=client.tokens), self.desk,
+            client.session, fallbacks, me=lambda: self.parents.peer, scheme=scheme, tokens=client.tokens,
+        )  # fmt: skip
         self.parents = Parents(
             self._peer("-", ""), self.directory, self._order, client.session,
             # What a virtual interface says of itself is no measure for a parent.
             Health(settings(config.link)), self.frames, fallbacks, in_use=in_use,
-            present=self._present, condition=self._condition, compress=compress, scheme="https" if tls else "http",
+            present=self._present, condition=self._condition, compress=compress, scheme=scheme,
             tokens=client.tokens,
         )  # fmt: skip
         self.upstream = PeeredUpstream(client, self.parents)
@@ -125,6 +133,8 @@ class Peering:
         self._runner: web.AppRunner | None = None
         self._listening: asyncio.Task[None] | None = None
         self._joined = False
+        self.refusing = False
+        """Whether this node wants no new children: it is being drained."""
         self.restored = False
         """Whether all mounts of the process before are known: until then a blob that is not may be one of theirs."""
 
@@ -153,7 +163,7 @@ class Peering:
 
     async def _condition(self) -> Condition:
         # A look of its own: nobody asks a node that said once that it refuses, and then nobody else looks.
-        refuses = await self.pressure.why() is not None or self.upload.full
+        refuses = await self.pressure.why() is not None or self.upload.full or self.refusing
         return Condition(self.upload.load(self.link), refuses)
 
     async def start(self, chain: Chain, demand: Demand) -> None:
@@ -180,7 +190,9 @@ class Peering:
                 self._fallbacks.note("not serving other nodes yet", error.message)
 
     async def _listen(self, server: PeerServer) -> None:
-        self._runner, address = await http.serve_tcp(server.application(), self.config.listen, self._tls)
+        application = server.application()
+        self.desk.add_routes(application.router)
+        self._runner, address = await http.serve_tcp(application, self.config.listen, self._tls)
         peer = await self._join(address, serves=True)
         log.info("serving other nodes", address=address, id=peer.id, zone=peer.zone, rack=peer.rack, slots=peer.slots)
 
@@ -196,6 +208,7 @@ class Peering:
             if self.config.authorization != "open":
                 self.client.keys.start()
             parents.start()
+        self.directory.start()
         return peer
 
     async def stop_serving(self) -> None:
@@ -203,10 +216,22 @@ class Peering:
         if self._listening is not None:
             self._listening.cancel()
             await asyncio.gather(self._listening, return_exceptions=True)
+        await self.directory.close()
         await self.parents.membership.close()
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
+
+    async def resume(self) -> None:
+        """Serve again, and be in the trees again."""
+        if self.server is None:
+            return
+        self.parents.membership.start()
+        try:
+            await self._listen(self.server)
+        except Conflict as error:
+            self._fallbacks.note("not serving other nodes yet", error.message)
+            self._listening = asyncio.create_task(self._listen_later(self.server))
 
     async def close(self) -> None:
         """Stop everything."""

@@ -5,7 +5,8 @@
 
 It shares the node's store, fallbacks and TLS. What plain pulls have brought is named in the node's heartbeats for as
 long as it is in the store, so that others come for it; a token for each blob comes with its chunk table, and is renewed
-by asking for the table again, as whoever asked for the blob last: who is refused then leaves the blob's tree.
+by asking for the table again, as somebody who has asked for the blob lately (`dadi/originals/asked.py`): where there is
+nobody any more, or all are refused, the node leaves the blob's tree.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import structlog
 
 from dadi.blobs.files import full_or_broken
 from dadi.blobs.layout import write_durably
+from dadi.node.released import Released
 from dadi.peers.superpeer import ImageAnswer
 
 log = structlog.get_logger()
@@ -35,12 +36,15 @@ class MountRecord(msgspec.Struct, frozen=True):
 class MountRecords:
     """The records under `directory`."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, released: Released) -> None:
+        """`released`: what was unmounted while there was no process; it is found as "unmounting"."""
         self._directory = directory
+        self._released = released
 
     async def write(self, record: MountRecord) -> None:
         """Keep a record, all at once. Raises StoreFull, or Unavailable where the disk is broken."""
         file = self._file(record.directory)
+        await asyncio.to_thread(self._released.forget, record.directory)
         try:
             await asyncio.to_thread(write_durably, file, msgspec.json.encode(record))
         except OSError as error:
@@ -49,6 +53,7 @@ class MountRecords:
     async def remove(self, directory: str) -> None:
         """Forget the record of a mount point, if there is one."""
         await asyncio.to_thread(self._file(directory).unlink, missing_ok=True)
+        await asyncio.to_thread(self._released.forget, directory)
 
     async def all(self) -> list[MountRecord]:
         """Return all records; one that is damaged is dropped, one that cannot be read is left: both are logged.
@@ -59,10 +64,13 @@ class MountRecords:
         found = []
         for file in await asyncio.to_thread(lambda: sorted(self._directory.glob("*.json"))):
             try:
-                found.append(msgspec.json.decode(await asyncio.to_thread(file.read_bytes), type=MountRecord))
+                record = msgspec.json.decode(await asyncio.to_thread(file.read_bytes), type=MountRecord)
+                if await asyncio.to_thread(self._released.__contains__, record.directory):
+                    record = msgspec.structs.replace(record, step="unmounting")
+                found.append(record)
             except OSError as error:
                 log.error("could not read a mount record", file=str(file), why=str(error))
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
                 log.warning("dropped a damaged mount record", file=str(file), why=str(error))
                 await asyncio.to_thread(file.unlink, missing_ok=True)
         return found

@@ -2,7 +2,8 @@
 
     begin(index) ──► a window of the recorder is opened (`dadi/prefetch/record.py`)
                  ──► the trace is asked for ──► replayed (`replay.py`) while the image is being mounted and started
-                     window over ──► the replay ends ──► report (how much of the trace was read) and recording are sent
+                     window over ──► the replay ends ──► report (how much of the trace was read) and recording are sent,
+                                     if the superpeer wants to hear of this start, or the trace was of no use
 
 Nobody waits for any of this, and nothing of it can fail a mount or a read. A trace that was found useless here (fewer
 than `trace.drop_below` of its chunks were read) is not replayed again. Where all of an image is local there is nothing
@@ -12,9 +13,10 @@ to fetch and nothing to see.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -26,9 +28,10 @@ from dadi.index.chunks import Blob
 from dadi.index.image import ImageIndex
 from dadi.node.config import TraceConfig
 from dadi.node.demand import Demand
-from dadi.node.devices import Devices
+from dadi.node.devices import Devices, DeviceState
 from dadi.prefetch import trace
 from dadi.prefetch.client import TraceKeeper
+from dadi.prefetch.rate import Bucket
 from dadi.prefetch.record import Recorder, Window
 from dadi.prefetch.replay import Replay
 from dadi.prefetch.trace import Message, Report, Trace
@@ -40,6 +43,14 @@ _SEND = 20.0
 _MOST_ROWS = 100
 _ENOUGH, _NEARLY_ALL = 0.9, 0.95
 """A trace of many starts that is as good as this needs no further recording."""
+
+
+class _Asked(NamedTuple):
+    """What a superpeer said of an image: its trace, what that is called in reports, whether it wants to be told."""
+
+    name: str
+    trace: Trace | None
+    wanted: bool
 
 
 class Startups:
@@ -56,8 +67,10 @@ class Startups:
         self.keeper = keeper
         self._fallbacks = fallbacks
         self._name = name
-        self.recorder = Recorder(devices.touched, quiet=config.quiet, longest=config.longest)
+        self.recorder = Recorder(devices.touched, is_local=self._is_local, quiet=config.quiet, longest=config.longest)
         demand.on_miss = self.recorder.missed
+        self._bucket = Bucket(config.rate, time.monotonic())
+        """What all replays together may fetch."""
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._useless: OrderedDict[str, None] = OrderedDict()
         self._rows: OrderedDict[str, dict[str, Any]] = OrderedDict()
@@ -87,6 +100,9 @@ class Startups:
         task = self._tasks[manifest] = asyncio.create_task(self._start(manifest, lacking, window, made))
         task.add_done_callback(lambda done: self._ended(manifest, done))
 
+    def _is_local(self, digest: str) -> bool:
+        return any(each.blob.digest == digest and each.state is DeviceState.LOCAL for each in self._devices.all())
+
     def _ended(self, manifest: str, task: asyncio.Task[None]) -> None:
         del self._tasks[manifest]
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -94,11 +110,12 @@ class Startups:
             self._fallbacks.note("startup trace failed", f"{manifest}: {error!r}")
 
     async def _start(self, manifest: str, blobs: dict[str, Blob], window: Window | None, made: asyncio.Event) -> None:
-        replay, found = None, None
+        replay = None
         try:
-            if self._config.replay and (found := await self._trace(manifest)) is not None:
-                replay = Replay(found[1], found[0], blobs, self._store, self._chain, self._fallbacks,
-                                seen=lambda: window.chunks if window else ())  # fmt: skip
+            asked = await self._trace(manifest)
+            if self._config.replay and asked.trace is not None and asked.name not in self._useless:
+                replay = Replay(asked.trace, asked.name, blobs, self._store, self._chain, self._fallbacks,
+                                seen=lambda: window.chunks if window else (), bucket=self._bucket)  # fmt: skip
                 await made.wait()
                 await self._replayed(manifest, replay, window)
             if window is not None:
@@ -107,26 +124,25 @@ class Startups:
             if window is not None:
                 self.recorder.close_window(window)
         if window is not None and window.chunks:
-            await self._tell(manifest, window, replay, found[1] if found else None)
+            await self._tell(manifest, window, replay, asked)
 
-    async def _trace(self, manifest: str) -> tuple[str, Trace] | None:
-        """Return the name of a trace, and the trace, if there is one worth replaying."""
+    async def _trace(self, manifest: str) -> _Asked:
+        """Return what the superpeer has."""
         try:
             async with asyncio.timeout(_ASK):
-                data = await self.keeper.fetch(manifest)
-            if not data:
-                return None
-            found = trace.decode(data, Trace)
+                given = await self.keeper.fetch(manifest)
+            if not given.data:
+                return _Asked("", None, given.wanted)
+            found = trace.decode(given.data, Trace)
             if found.manifest != manifest:
                 raise Malformed(f"a startup trace of {found.manifest}, where that of {manifest} was asked for")
         except TimeoutError:
             self._fallbacks.note("no startup trace", f"{manifest}: it did not come in {_ASK:.0f} s")
-            return None
+            return _Asked("", None, True)
         except DadiError as error:
             self._fallbacks.note("no startup trace", f"{manifest}: {error.message}")
-            return None
-        name = trace.name_of(data)
-        return None if name in self._useless else (name, found)
+            return _Asked("", None, True)
+        return _Asked(trace.name_of(given.data), found, given.wanted)
 
     async def _replayed(self, manifest: str, replay: Replay, window: Window | None) -> None:
         """Replay; until the window is over, if there is one."""
@@ -147,18 +163,24 @@ class Startups:
         if not work.cancelled():
             work.result()
 
-    async def _tell(self, manifest: str, window: Window, replay: Replay | None, found: Trace | None) -> None:
-        report = replay.report(window.chunks, window.blobs) if replay else None
+    async def _tell(self, manifest: str, window: Window, replay: Replay | None, asked: _Asked) -> None:
+        # Of what became local meanwhile nobody knows whether it was read.
+        report = replay.report(window.chunks, window.watched) if replay else None
         if report is not None and not report.chunks:
             report = None
-        recording = None if self._is_known(found, report) else window.recording(self._name())
+        recording = None if self._is_known(asked.trace, report) else window.recording(self._name())
         self._remember(manifest, window, replay, report)
+        if not asked.wanted:
+            # Others tell of starts like this one; but that a trace is of no use must not be left to chance.
+            recording = None
+            if report is not None and (trace.ratio([report]) or 0.0) >= self._config.drop_below:
+                report = None
         if recording is None and report is None:
             return
         try:
             async with asyncio.timeout(_SEND):
-                await self.keeper.send(Message(manifest, recording, report))
-            self.counts["recordings"] += recording is not None
+                taken = await self.keeper.send(Message(manifest, recording, report))
+            self.counts["recordings"] += taken and recording is not None
         except TimeoutError:
             self._fallbacks.note("startup trace not sent", f"{manifest}: no answer in {_SEND:.0f} s")
         except DadiError as error:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from dadi.errors import InvalidRequest, Malformed
+from dadi.errors import InvalidRequest, Malformed, Unavailable
 from dadi.peers.superpeer import ImageAnswer, image_answer
 from dadi.prefetch import trace, trace_json
 from dadi.prefetch.trace import Message, Trace
@@ -38,7 +38,9 @@ async def bring(node: Node, image: str, platform: str, value: dict[str, Any]) ->
         except Malformed as error:
             raise InvalidRequest(error.message) from None
     for recording in reversed(recordings):
-        await node.startups.keeper.send(Message(found.manifest, recording))
+        if not await node.startups.keeper.send(Message(found.manifest, recording)):
+            hint = "in a minute it takes some again"
+            raise Unavailable(f"the superpeer has recordings enough of {image} now: the trace was not taken", hint=hint)
     return await _shown(node, answer)
 
 
@@ -59,7 +61,7 @@ async def body_of(request: web.Request) -> bytearray:
 
 
 async def _shown(node: Node, answer: ImageAnswer) -> dict[str, Any]:
-    data = await node.startups.keeper.fetch(answer.manifest_digest)
+    data = (await node.startups.keeper.fetch(answer.manifest_digest)).data
     found = trace_json.to_json(trace.decode(data, Trace)) if data else None
     return {"reference": answer.reference, "platform": answer.platform, "manifest_digest": answer.manifest_digest,
             "trace": found, "last_start": node.startups.row(answer.manifest_digest)}  # fmt: skip

@@ -1,10 +1,12 @@
 """What superpeers want this node to have before anybody starts it: `dadi prefetch --nodes`.
 
-    every few seconds  GET /v1/prefetch/wanted?node=…&zone=…&rack=…    → what is to be brought
+    every few seconds  GET /v1/prefetch/wanted?node=…&zone=…&rack=…    → what is to be brought; of private images of a
+                       registry only to who shows credentials for it: those that we have for the registry as a whole
     each wish          resolve (with our own credentials), join the trees, read what is missing, in runs, as a prefetch:
                        behind every program that reads; then POST /v1/prefetch/{id}/nodes what has become of it
 
-What is brought stays in the store like everything else; it is evicted when room is needed and nobody uses it.
+What is brought stays in the store like everything else; it is evicted when room is needed and nobody uses it, unless it
+is pinned. Pins are in memory: after a restart the superpeers ask again, for what we do not say that we have.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 
 import msgspec
 import structlog
@@ -31,7 +34,8 @@ from dadi.node.demand import Demand
 from dadi.oci.reference import Reference
 from dadi.peers.superpeer import SuperpeerClient, Upstream, image_answer
 from dadi.prefetch import plan
-from dadi.prefetch.messages import NodeReport, Wish, Wishes, decode_wishes
+from dadi.prefetch.messages import MOST_HELD, NodeReport, Wish, Wishes, decode_wishes
+from dadi.prefetch.rate import Bucket
 
 log = structlog.get_logger()
 EVERY = 15.0
@@ -50,7 +54,8 @@ class Warmer:
 
     def __init__(self, client: SuperpeerClient, upstream: Upstream, store: DiskBlobs, chain: Chain, demand: Demand,
                  fallbacks: Fallbacks, *, place: Callable[[], Place], platform: str,
-                 expect: Callable[[ImageIndex], None], every: float = EVERY) -> None:  # fmt: skip
+                 expect: Callable[[ImageIndex], None], every: float = EVERY, clock: Callable[[], float] = time.time,
+                 sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:  # fmt: skip
         self._client = client
         self._upstream = upstream
         self._store = store
@@ -63,6 +68,10 @@ class Warmer:
         self._every = every
         self._task: asyncio.Task[None] | None = None
         self._again = 0.0
+        self._clock = clock
+        self._sleep = sleep
+        self._pins: dict[str, tuple[float, contextlib.ExitStack]] = {}
+        """By job: until when its image is kept (seconds since 1970)."""
         self.warmed = 0
         self.bytes = 0
 
@@ -75,10 +84,11 @@ class Warmer:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        self._unpin(list(self._pins))
 
     def statistics(self) -> dict[str, int]:
-        """Return images that were warmed and bytes that were fetched for them."""
-        return {"warmed": self.warmed, "bytes": self.bytes}
+        """Return images that were warmed, bytes that were fetched for them, and images that are pinned."""
+        return {"warmed": self.warmed, "bytes": self.bytes, "pinned": len(self._pins)}
 
     async def _run(self) -> None:
         while True:
@@ -93,6 +103,7 @@ class Warmer:
 
     async def once(self) -> None:
         """Ask, and do what is wanted. Raises Unavailable if no superpeer answers."""
+        self._unpin([job for job, (until, _) in self._pins.items() if until <= self._clock()])
         for url, wish in await self._wanted():
             node = self._place()[0]
             if wish.platform != self._platform:
@@ -110,24 +121,45 @@ class Warmer:
     async def _wanted(self) -> list[tuple[str, Wish]]:
         await self._client.superpeers.ready()
         found: dict[str, tuple[str, Wish]] = {}
+        pinned: set[str] = set()
+        away = False
         self._again = 0.0
         for url in self._client.superpeers.names:
             try:
-                try:
-                    wishes = await self._ask(url, self._any_token())
-                except TokenRefused:  # it has run out: then as anybody
-                    wishes = await self._ask(url, {})
+                for wishes in await self._told_by(url):
+                    self._again = max(self._again, wishes.again)
+                    pinned.update(wishes.pinned)
+                    for wish in wishes.wishes:
+                        found.setdefault(wish.job, (url, wish))
             except DadiError as error:
                 log.debug("a superpeer was not asked what to prefetch", superpeer=url, why=error.message)
-                continue
-            self._again = max(self._again, wishes.again)
-            for wish in wishes.wishes:
-                found.setdefault(wish.job, (url, wish))
+                away = True
+        if not away:
+            self._unpin([job for job in self._pins if job not in pinned and job not in found])
         return list(found.values())
 
-    async def _ask(self, url: str, headers: dict[str, str]) -> Wishes:
+    async def _told_by(self, url: str) -> list[Wishes]:
+        """Return what a superpeer tells anybody, and what it tells who has our credentials."""
+        try:
+            told = [await self._ask(url, self._any_token())]
+        except TokenRefused:  # it has run out: then as anybody
+            told = [await self._ask(url, {})]
+        for registry in told[0].registries:
+            try:
+                caller = await self._client.access.caller(f"{registry}/prefetch")  # for the registry as a whole
+                if caller.headers:
+                    told.append(await self._ask(url, caller.headers, registry))
+            except DadiError as error:
+                log.debug("credentials were not shown", superpeer=url, registry=registry, why=error.message)
+        return told
+
+    async def _ask(self, url: str, headers: dict[str, str], registry: str = "") -> Wishes:
         node, zone, rack = self._place()
         where, parameters = f"{url}/v1/prefetch/wanted", {"node": node, "zone": zone, "rack": rack}
+        if registry:
+            parameters["registry"] = registry
+        if self._pins:
+            parameters["have"] = ",".join(list(self._pins)[:MOST_HELD])
         async with (
             self._client.superpeers.asking(url),
             http.request(self._client.session, "GET", where, "asking what to prefetch", params=parameters,
@@ -164,20 +196,38 @@ class Warmer:
             wanted[blob] = [plan.bounded(range(*run), blob) for run in named]
         await self._check_room(wish, wanted)
         self._expect(index)
+        with contextlib.ExitStack() as holds:
+            for blob in wanted:
+                await self._store.prepare(blob)
+                holds.enter_context(self._store.hold(blob))
+            await self._bring(wish, index, wanted)
+            if wish.pin_until > self._clock():
+                self._unpin([wish.job])
+                self._pins[wish.job] = wish.pin_until, holds.pop_all()
+        return answer.manifest_digest
+
+    async def _bring(self, wish: Wish, index: ImageIndex, wanted: dict[Blob, list[range]]) -> None:
         loop = asyncio.get_running_loop()
-        expected = loop.time()
+        expected, bucket = loop.time(), Bucket(wish.rate, self._clock())
         for blob, parts in wanted.items():
             for step in (step for part in parts for step in plan.steps(part, blob, _RUN)):
                 for run in runs(await self._store.missing(blob, step)):
                     await self._stand_aside()
+                    size = blob.table.span(run)[1]
+                    if (pause := bucket.take(size, self._clock())) > 0:
+                        await self._sleep(pause)
                     if loop.time() - expected > _EXPECT_EVERY:
                         self._expect(index)
                         expected = loop.time()
                     await self._chain.read(blob, run, Urgency.PREFETCH)
-                    self.bytes += blob.table.span(run)[1]
+                    self.bytes += size
                 if await self._store.missing(blob, step):
                     raise StoreFull(f"the store does not keep {blob}", hint="raise store.limit")
-        return answer.manifest_digest
+
+    def _unpin(self, jobs: list[str]) -> None:
+        for job in jobs:
+            if (pin := self._pins.pop(job, None)) is not None:
+                pin[1].close()
 
     async def _check_room(self, wish: Wish, wanted: dict[Blob, list[range]]) -> None:
         needed = 0
@@ -196,9 +246,12 @@ class Warmer:
 
     async def _tell(self, url: str, wish: Wish, manifest: str, report: NodeReport) -> None:
         try:
+            headers = self._client.tokens.headers(manifest) if manifest else {}
+            if not headers:
+                headers = (await self._client.access.caller(wish.reference)).headers
             async with http.request(
                 self._client.session, "POST", f"{url}/v1/prefetch/{wish.job}/nodes", "telling of a prefetch",
-                data=msgspec.json.encode(report), headers=self._client.tokens.headers(manifest) if manifest else {},
+                data=msgspec.json.encode(report), headers=headers,
             ):  # fmt: skip
                 return
         except DadiError as error:

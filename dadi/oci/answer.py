@@ -16,6 +16,8 @@ from dadi.oci.retry import Clock, parse_retry_after
 
 _MAX_ERROR = 64 << 10
 """Bytes of an error's body that are read, for what the registry has to say."""
+_SLOWEST = 1 << 10
+"""Bytes a second: a body that comes more slowly stands still, whatever trickles; another connection may not."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -44,8 +46,18 @@ class Answer:
     """The answer to a request: status and headers at once, the body as it comes. Valid while its `open` is."""
 
     def __init__(
-        self, response: aiohttp.ClientResponse, url: str, host: str, at_home: bool, counters: Counters, clock: Clock
+        self,
+        response: aiohttp.ClientResponse,
+        url: str,
+        host: str,
+        at_home: bool,
+        counters: Counters,
+        clock: Clock,
+        patience: float,
     ) -> None:
+        """`patience`: seconds of waiting after which what has come meanwhile is looked at."""
+        self._patience = patience
+        self._waited, self._came = 0.0, 0
         self._response = response
         self._counters = counters
         self._clock = clock
@@ -74,9 +86,19 @@ class Answer:
             return None
 
     async def piece(self) -> bytes:
-        """Return the next piece of the body, as large as the socket gave since the last one; b"" at the end."""
+        """Return the next piece of the body, as large as the socket gave since the last one; b"" at the end.
+
+        Raises Unavailable if it trickles. Only waiting counts: that a reader takes its time is not its fault.
+        """
+        began = self._clock.monotonic()
         piece = await self._response.content.readany()
         self._counters.bytes += len(piece)
+        self._waited += self._clock.monotonic() - began
+        self._came += len(piece)
+        if self._waited >= self._patience:
+            if piece and self._came < _SLOWEST * self._waited:
+                raise Unavailable(f"{self.host} sent {self._came} bytes in {self._waited:.0f} s")
+            self._waited, self._came = 0.0, 0
         return piece
 
     async def body(self, limit: int, what: str) -> bytes:
@@ -115,7 +137,8 @@ class Answer:
         """Return the registry's own words from an error body (OCI distribution specification, "Error Codes")."""
         try:
             problems = msgspec.json.decode(await self.body(_MAX_ERROR, "an error"), type=_Problems).errors
-        except (DadiError, aiohttp.ClientError, OSError, TimeoutError, msgspec.MsgspecError, UnicodeDecodeError):
+        except (DadiError, aiohttp.ClientError, OSError, TimeoutError, msgspec.MsgspecError, UnicodeDecodeError,
+                RecursionError):  # fmt: skip
             return ""
         text = "; ".join(f"{problem.code} {problem.message}".strip() for problem in problems[:3])
         clean = "".join(character if character.isprintable() else " " for character in text)

@@ -5,7 +5,7 @@
        the credentials if there are any, else as anybody.
     3. 401 or 403 to something that we did show: it may have run out, in the middle of a download too. It is made
        anew, once; if the registry refuses that as well, it means it.
-    4. A token near its end is renewed before it is used.
+    4. A token near its end is renewed before it is used; if that fails, the registry is asked anew what it wants.
 
 However many requests need the same token, it is fetched once, and the fetch outlives the request that began it.
 Challenges count only from the registry itself, never from where it redirects to. ("Docker Registry v2 authentication
@@ -93,7 +93,7 @@ class Authenticator:
         fresh = False
         for round_ in range(_ROUNDS + 1):
             if grant.challenge and self._transport.clock.monotonic() >= grant.expires:
-                fresh = await self._renew(grant, registry, scope, grant.authorization)
+                fresh = await self._renew_early(grant, registry, scope)
             shown = grant.authorization
             async with self._transport.open(
                 method, url, headers, authorization=shown, home=home, body=body
@@ -109,6 +109,11 @@ class Authenticator:
                 yield answer
                 return
 
+    def forget(self, registry: str, repository: str) -> None:
+        """Forget what was proved for a repository: other credentials are for it from now on."""
+        for key in [key for key in self._grants if key[0] == registry and repository_in(key[1]) == repository]:
+            del self._grants[key]
+
     async def close(self) -> None:
         """Stop fetching tokens."""
         renewals = [grant.renewal for grant in self._grants.values() if grant.renewal]
@@ -122,6 +127,18 @@ class Authenticator:
         if len(self._grants) > _MAX_GRANTS:
             self._grants.popitem(last=False)
         return grant
+
+    async def _renew_early(self, grant: _Grant, registry: str, scope: str) -> bool:
+        """As `_renew`; a challenge that leads nowhere any more is forgotten: the registry says what it wants now."""
+        expired = grant.authorization
+        try:
+            return await self._renew(grant, registry, scope, expired)
+        except AccessDenied:
+            raise
+        except DadiError:
+            if grant.authorization == expired:
+                grant.challenge, grant.authorization, grant.expires = None, None, math.inf
+            return False
 
     async def _renew(self, grant: _Grant, registry: str, scope: str, rejected: str | None) -> bool:
         """Make the grant's authorization anew, once for all who wait; return whether it is another than `rejected`."""

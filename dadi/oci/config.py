@@ -36,7 +36,7 @@ class RegistryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = ""
     connect_timeout: Annotated[float, Meta(gt=0), described("until a connection must stand", SECONDS)] = 5.0
     read_timeout: Annotated[
-        float, Meta(gt=0), described("without a byte, after which a connection is given up", SECONDS)
+        float, Meta(gt=0), described("without a byte, or with hardly any, until a connection is given up", SECONDS)
     ] = 30.0
     retries: Annotated[
         int, Meta(ge=0, le=100), described("how often a failed request is tried again; progress starts a new count")

@@ -32,9 +32,12 @@ class SourceFailed(Exception):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Body:
-    """`size` bytes to send. `on_progress` hears how many are sent of this attempt; a new attempt begins at 0 again."""
+    """`size` bytes to send. `on_progress` hears how many are sent of this attempt; a new attempt begins at 0 again.
 
-    size: int
+    Without a size (what somebody else sends, passed on) they go in HTTP's own chunks, and the source's end is theirs.
+    """
+
+    size: int | None
     source: Source
     on_progress: Callable[[int], None] | None = None
 
@@ -105,7 +108,13 @@ class Outgoing:
                 piece = await self._pull
             finally:
                 self._pull = None
-            size, missing = self._body.size, self._body.size - self._handed
+            size = self._body.size
+            if size is None:
+                if piece is None:
+                    return
+                self._piece = memoryview(piece)
+                continue
+            missing = size - self._handed
             if piece is None:
                 if missing:
                     raise InvalidRequest(f"there are only {self._handed} bytes to send where {size} were announced")

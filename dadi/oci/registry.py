@@ -131,6 +131,10 @@ class RegistryClient:
         view._show(credentials)
         return view
 
+    def forget(self, ref: Reference) -> None:
+        """Forget what was proved for a reference's repository: requests from now on prove it by what is known then."""
+        self._auth.forget(ref.registry, ref.repository)
+
     async def close(self) -> None:
         """Close all connections (those of `as_caller` none: they are not its own); idempotent."""
         await self._auth.close()

@@ -34,6 +34,8 @@ _BUFFER = 1 << 20
 """Bytes that a connection reads ahead of us; twice this is where it stops."""
 _SETTLES_AT = 10 << 20
 """Bytes a second at which a registry puts away what it was sent, before it answers: some copy it once more."""
+_ASSUMED = 1 << 30
+"""Bytes of a body whose size nobody has said."""
 _SMALL = 64 << 10
 """Bytes of an unread rest that are read so that the connection can be used again; above, it is closed."""
 
@@ -91,7 +93,8 @@ class Transport:
                 url = self._hosts.redirected(url, location, hop)
                 self.counters.redirects += 1
             try:
-                yield Answer(response, url, host, origin == home, self.counters, self.clock)
+                patience = self._config.read_timeout
+                yield Answer(response, url, host, origin == home, self.counters, self.clock, patience)
                 await _finish(response, outgoing)
             finally:
                 response.close()
@@ -124,7 +127,8 @@ class Transport:
         self.counters.requests += 1
         if outgoing is None:
             return await session.request(method, target, headers=headers, data=form, allow_redirects=False)
-        headers["Content-Length"] = str(outgoing.size)
+        if outgoing.size is not None:
+            headers["Content-Length"] = str(outgoing.size)
         loop, longest = asyncio.get_running_loop(), self._config.read_timeout
         try:
             # The session's time-outs begin when all is sent; until then it is the receiver that must not stall.
@@ -135,7 +139,8 @@ class Transport:
                         patience.reschedule(loop.time() + longest if receivers_turn else None)
 
                 outgoing.watch = watch
-                timeout = self._timeout(outgoing.size / _SETTLES_AT)
+                size = _ASSUMED if outgoing.size is None else outgoing.size
+                timeout = self._timeout(size / _SETTLES_AT)
                 return await session.request(
                     method, target, headers=headers, data=outgoing, timeout=timeout, allow_redirects=False
                 )

@@ -1,17 +1,21 @@
 """Who may read which repository, by the registry's own word, kept for a short time.
 
-    1. what everybody may read, the caller may read: asked for once a repository, without credentials
+    1. what everybody may read, the caller may read: asked for once a repository, without credentials; not on behalf of
+       who has shown his own already, and not for longer than `patience`
     2. else the registry is asked with the caller's credentials
     3. what it says is believed for `ttl` seconds, a refusal for a few
-    4. while it is away, a permission that is not older than `stale` goes on, said aloud; a refusal never becomes one
+    4. while it is away, a permission that is not older than `stale` goes on, said aloud; a refusal never becomes one.
+       Who has none is told so after some seconds, see `away.py`
 
 The question (`probe`) is a request that only who may read the repository gets a 200 for, and as a rule one whose answer
 is needed anyway. It goes to the registry itself, never to a mirror. Credentials are kept as hashes only, apart from the
-clients that are in use.
+clients that were used in the last minutes.
 """
 
 from __future__ import annotations
 
+import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 
@@ -22,14 +26,18 @@ from dadi.oci.reference import Reference
 from dadi.oci.registry import RegistryClient
 from dadi.originals.away import Away, Flights, slow
 from dadi.originals.caller import ANYBODY, Caller
+from dadi.originals.challenges import Challenges
 from dadi.originals.config import OriginalsConfig
 from dadi.originals.records import Records
+from dadi.originals.remembered import Remembered
 
 Probe = Callable[[RegistryClient], Awaitable[None]]
 """Asks the registry something; raises AccessDenied or NotFound if the one whose client it is may not."""
 _REFUSED_FOR = 5.0
 """Seconds that a refusal is believed: long enough against a storm, short enough for who has just been let in."""
 _MOST_CLIENTS = 256
+_CLIENT_FOR = 300.0
+"""Seconds that a client, with its caller's credentials and tokens, is kept after its last use: those of one pull."""
 _MOST_VERDICTS = 100_000
 _PUBLIC = "public "
 _Key = tuple[str, str]
@@ -52,7 +60,12 @@ class Access:
         """When the registry last accepted whom."""
         self._refused: OrderedDict[_Key, tuple[float, DadiError]] = OrderedDict()
         """Until when a refusal is believed, and what it was."""
-        self._clients: OrderedDict[_Key, RegistryClient] = OrderedDict()
+        self._dropped: weakref.WeakSet[RegistryClient] = weakref.WeakSet()
+        """Clients that somebody may still be using: closed at the end."""
+        self._clients: Remembered[_Key, RegistryClient] = Remembered(
+            _CLIENT_FOR, _MOST_CLIENTS, time.monotonic, gone=self._dropped.add
+        )
+        self._challenges = Challenges(config, away, clock)
         self.asked = 0
         self.refusals = 0
 
@@ -72,11 +85,14 @@ class Access:
             if not caller.authorization and self._config.lend_credentials:
                 return self._registry
             source = caller.for_registry(registry) if caller.authorization else FixedCredentials()
-            client = self._clients[key] = self._registry.as_caller(source)
-            if len(self._clients) > _MOST_CLIENTS:
-                self._clients.popitem(last=False)
-        self._clients.move_to_end(key)
+            client = self._registry.as_caller(source)
+            self._clients.put(key, client)
         return client
+
+    async def challenge(self, registry: str, ref: Reference | None = None) -> str | None:
+        """Return the WWW-Authenticate of a registry, or of the repository of `ref`; see `challenges.py`."""
+        name = registry if ref is None else ref.name
+        return await self._challenges.get(registry, name, lambda: self._registry.challenge(registry, ref))
 
     def is_public(self, name: str) -> bool:
         """Whether everybody may read a repository (REGISTRY/REPOSITORY), as far as is known."""
@@ -99,13 +115,21 @@ class Access:
         """
         if self._is_granted(ref, ANYBODY, self._config.access_ttl):
             return
-        if caller.authorization and not self._is_refused(ref, ANYBODY):
+        if caller.authorization and self._asks_for_anybody(ref, caller):
             try:
-                await self._verdict(ref, ANYBODY, probe)
+                await self._verdict(ref, ANYBODY, probe, hasty=True)
                 return
             except (AccessDenied, NotFound, Unavailable):
                 pass  # not for everybody, as far as is known
         await self._verdict(ref, caller, probe)
+
+    def _asks_for_anybody(self, ref: Reference, caller: Caller) -> bool:
+        """Whether it is worth asking if somebody with credentials needs none: that is a second request."""
+        if self._is_refused(ref, ANYBODY):
+            return False
+        if self._is_granted(ref, ANYBODY, self._config.stale):
+            return True
+        return not (self._is_granted(ref, caller, self._config.stale) or self._away.is_away(ref.registry))
 
     def _is_granted(self, ref: Reference, caller: Caller, age: float) -> bool:
         at = self._granted.get((ref.name, caller.key))
@@ -115,23 +139,27 @@ class Access:
         until, _ = self._refused.get((ref.name, caller.key), (0.0, None))
         return self._clock() < until
 
-    async def _verdict(self, ref: Reference, caller: Caller, probe: Probe) -> None:
+    async def _verdict(self, ref: Reference, caller: Caller, probe: Probe, *, hasty: bool = False) -> None:
+        """Return if the registry accepts the caller; `hasty`: what it says would only save a question."""
         key = (ref.name, caller.key)
         if self._is_granted(ref, caller, self._config.access_ttl):
             return
         if self._is_refused(ref, caller):
             raise self._refused[key][1]
         old = self._is_granted(ref, caller, self._config.stale)
+        limit = self._away.limit(ref.registry, old=old or hasty)
         try:
             if old and self._away.is_away(ref.registry):
                 raise Unavailable(f"{ref.registry} did not answer a moment ago")
             # By what is asked, too: that one thing is missing there says nothing to who wants another.
-            await self._flights.join((*key, str(ref)), lambda: self._ask(ref, caller, probe),
-                                     self._away.patience if old else None)  # fmt: skip
+            await self._flights.join((*key, str(ref)), lambda: self._ask(ref, caller, probe), limit)
         except (Unavailable, TimeoutError) as error:
+            late = slow(ref.registry, limit)
+            if isinstance(error, TimeoutError) and not hasty:
+                self._away.failed(ref.registry)
             if not old:
-                raise
-            why = error.message if isinstance(error, Unavailable) else slow(ref.registry, self._away.patience).message
+                raise (late if isinstance(error, TimeoutError) else error) from None
+            why = error.message if isinstance(error, Unavailable) else late.message
             self._fallbacks.note("registry away, an earlier permission holds", f"{ref.name}: {why}")
 
     async def _ask(self, ref: Reference, caller: Caller, probe: Probe) -> None:
@@ -144,24 +172,26 @@ class Access:
             raise
         except AccessDenied as error:
             self._away.answered(ref.registry)
-            raise await self._refuse(ref, caller, client, error) from None
+            raise await self.refused(ref, caller, error) from None
         self._away.answered(ref.registry)
         self.admit(ref, caller)
         if not caller.authorization and not self._config.lend_credentials:
             await self._records.learn(_PUBLIC + ref.name, "", 0)
 
-    async def _refuse(
-        self, ref: Reference, caller: Caller, client: RegistryClient, error: AccessDenied
-    ) -> AccessDenied:
-        """Return what the caller is told, and remember it for a moment."""
+    async def refused(self, ref: Reference, caller: Caller, error: AccessDenied) -> AccessDenied:
+        """Return what the caller is told whom the registry has refused just now, and remember it for a moment."""
+        if isinstance(error, LoginRequired):
+            return error
         self.refusals += 1
         self._granted.pop((ref.name, caller.key), None)
-        if not caller.authorization:
+        if caller.authorization:
+            self._clients.drop((ref.registry, caller.key))
+        else:  # its client stays: it has the tokens for what everybody may read
             await self._records.forget(_PUBLIC + ref.name)
         challenge = None
         if type(error) is AccessDenied:  # the registry's refusal, not our configuration's
             try:
-                challenge = await client.challenge(ref.registry, ref)
+                challenge = await self.challenge(ref.registry, ref)
             except DadiError as failed:
                 self._fallbacks.note("no challenge to pass on", f"{ref.name}: {failed.message}")
         if challenge:
@@ -176,5 +206,7 @@ class Access:
     async def close(self) -> None:
         """Break off what is under way."""
         await self._flights.close()
-        for client in self._clients.values():
+        await self._challenges.close()
+        self._clients.close()
+        for client in [*self._dropped]:
             await client.close()

@@ -23,7 +23,7 @@ from dadi.blobs.disk import DiskBlobs
 from dadi.errors import DadiError, DigestMismatch, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import DEFAULT_CHUNK_SIZE, Blob, ChunkTable
-from dadi.originals.original import Part, Stream
+from dadi.originals.original import Part, Stream, Whole
 
 log = structlog.get_logger()
 
@@ -63,12 +63,16 @@ class _Hashes:
 
 
 class Arriving:
-    """See the head of this file. `on_end` is called once, when it is in the store, or has failed."""
+    """See the head of this file. `on_end` is called once, when it is in the store, or has failed.
+
+    `origin` is whatever the one who began it wants to remember of where it comes from.
+    """
 
     def __init__(self, store: DiskBlobs, digest: str, size: int, stream: Stream, fallbacks: Fallbacks,
-                 on_end: Callable[[Arriving], None]) -> None:  # fmt: skip
+                 on_end: Callable[[Arriving], None], origin: object = None) -> None:  # fmt: skip
         self.digest = digest
         self.size = size
+        self.origin = origin
         self.error: DadiError | None = None
         self.here = 0
         """Bytes that are in the file."""
@@ -93,7 +97,12 @@ class Arriving:
         return self._task.done()
 
     async def parts(self, offset: int, length: int) -> AsyncGenerator[Part, None]:
-        """See `Original`."""
+        """See `Original`. Whoever comes when nobody reads it any more reads what is in the store."""
+        if self._fd < 0:
+            async with contextlib.aclosing(self._left().parts(offset, length)) as parts:
+                async for part in parts:
+                    yield part
+            return
         end = offset + length
         self.readers += 1
         try:
@@ -107,6 +116,27 @@ class Arriving:
                     offset = ready
                 else:
                     await moved.wait()
+        finally:
+            self.readers -= 1
+            self._close_if_unused()
+
+    def _left(self) -> Whole:
+        """Return what has become of it, once it is closed; raise what went wrong."""
+        blob = self._store.find(self.digest) if self._store.has(self.digest) else None
+        if self.error is not None:
+            raise self.error
+        if blob is None:
+            raise Unavailable(f"{self.digest} was not kept", hint="ask again")
+        return Whole(self._store, blob)
+
+    async def head(self, offset: int, most: int) -> bytes:
+        """Return at most `most` of the bytes at `offset` that are here, not verified, and never the blob's last one."""
+        count = min(self.here, self.size - 1, offset + most) - offset
+        if count <= 0 or self._fd < 0 or self.error is not None:
+            return b""
+        self.readers += 1
+        try:
+            return await asyncio.to_thread(os.pread, self._fd, count, offset)
         finally:
             self.readers -= 1
             self._close_if_unused()

@@ -1,20 +1,25 @@
 """Registries that did not answer a moment ago; and work that is done once for all who want it.
 
-Who has an old answer does not ask a registry again for a while after it has failed, and gives it `patience` seconds
-otherwise: then the old answer is given, and the request goes on for those who come later.
+    an old answer is here    the registry has `patience` seconds; none while it is believed to be away
+    none is                  15 s; 5 s while it is believed to be away; then an error that clients go elsewhere by
+
+Whoever gives up waiting, the request goes on for those who come later. Work fails for the credentials that it was begun
+with: then whoever else waits for it does it with his own.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Hashable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from dadi.errors import Unavailable
+from dadi.errors import AccessDenied, Unavailable
 
 T = TypeVar("T")
 _REST = 10.0
 """Seconds that a registry is believed to be away."""
+_LONGEST, _LONGEST_AWAY = 15.0, 5.0
+"""Seconds that anybody waits for a registry's first word. Whether it answers again is found out by who waits."""
 _MOST = 1000
 
 
@@ -33,6 +38,12 @@ class Away:
         """Whether it has failed a moment ago."""
         return self._clock() < self._until.get(registry, 0.0)
 
+    def limit(self, registry: str, *, old: bool) -> float:
+        """Return how long the registry is waited for; `old`: something can be given in place of its answer."""
+        if old:
+            return self.patience
+        return max(self.patience, _LONGEST_AWAY if self.is_away(registry) else _LONGEST)
+
     def failed(self, registry: str) -> None:
         """Remember that it did not answer."""
         if len(self._until) > _MOST:
@@ -44,35 +55,52 @@ class Away:
         self._until.pop(registry, None)
 
 
+class _Flight(NamedTuple):
+    task: asyncio.Task[Any]
+    who: Hashable
+
+
 class Flights:
     """One piece of work at a time for each key, shared by all who want it; it outlives whoever began it."""
 
     def __init__(self) -> None:
-        self._tasks: dict[Hashable, asyncio.Task[Any]] = {}
+        self._flights: dict[Hashable, _Flight] = {}
 
     def __repr__(self) -> str:
-        return f"Flights({len(self._tasks)})"
+        return f"Flights({len(self._flights)})"
 
-    async def join(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, T]], patience: float | None = None) -> T:
-        """Return what the work gives; raise TimeoutError after `patience` seconds, while the work goes on."""
-        task: asyncio.Task[T] | None = self._tasks.get(key)
-        if task is None:
-            task = self._tasks[key] = asyncio.create_task(work())
-            task.add_done_callback(lambda done: self._landed(key, done))
-        if patience is not None:
-            await asyncio.wait([task], timeout=patience)
-            if not task.done():
-                raise TimeoutError
-        return await asyncio.shield(task)
+    async def join(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, T]], patience: float | None = None, *,
+                   who: Hashable = None) -> T:  # fmt: skip
+        """Return what the work gives; raise TimeoutError after `patience` seconds, while the work goes on.
+
+        `who`: whose credentials `work` shows. Where those of another were refused the work begins anew with these.
+        """
+        loop = asyncio.get_running_loop()
+        until = None if patience is None else loop.time() + patience
+        while True:
+            flight = self._flights.get(key)
+            if flight is None:
+                flight = self._flights[key] = _Flight(asyncio.create_task(work()), who)
+                flight.task.add_done_callback(lambda done: self._landed(key, done))
+            task: asyncio.Task[T] = flight.task
+            if until is not None:
+                await asyncio.wait([task], timeout=max(0.0, until - loop.time()))
+                if not task.done():
+                    raise TimeoutError
+            try:
+                return await asyncio.shield(task)
+            except AccessDenied:
+                if flight.who == who:
+                    raise
 
     def _landed(self, key: Hashable, task: asyncio.Task[Any]) -> None:
-        del self._tasks[key]
+        del self._flights[key]
         if not task.cancelled():
             task.exception()  # looked at: whoever wanted it may have gone
 
     async def close(self) -> None:
         """Break off what is under way."""
-        tasks = list(self._tasks.values())
+        tasks = [flight.task for flight in self._flights.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -10,8 +10,9 @@ A superpeer has a table as soon as it has the whole, verified blob: it was made 
 the superpeer is, for a chunk at a time; what a table leads to is checked by the blob's digest in the end.
 
 Where there is a `source`, N nodes that want a new blob do not take N streams: they wait until the superpeer has it
-whole, for `_PATIENCE` at most, and give each other its chunks then. What is `SMALL` is not worth that.
-The caller's credentials go along in a header of our own, for the superpeer to show to the registry.
+whole (`waiting.py`), and give each other its chunks then. What is `SMALL` is not worth that.
+The caller's credentials go along in a header of our own, for the superpeer to show to the registry; `asked.py` says how
+long they are kept. Where those of one are refused in the middle, another's who wants the same blob are shown.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Annotated, Any
 from urllib.parse import parse_qsl
@@ -35,14 +35,16 @@ from dadi.blobs.kept import Kept
 from dadi.blobs.single_flight import SingleFlight
 from dadi.blobs.source import Source, Urgency
 from dadi.blobs.verified import Verified
-from dadi.errors import DadiError, DigestMismatch, Malformed, NotFound, Unavailable, Unreachable
+from dadi.errors import AccessDenied, DadiError, DigestMismatch, Malformed, NotFound, Unavailable, Unreachable
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
 from dadi.oci.reference import Reference
+from dadi.originals.asked import Asked, Asker
 from dadi.originals.caller import Caller
 from dadi.originals.documents import Document
 from dadi.originals.intake import Intake
-from dadi.originals.original import Awaited, Chunked, Original, Passing
+from dadi.originals.original import Awaited, Chunked, Original, Passing, check_size
+from dadi.originals.waiting import HEAD, Waiting
 from dadi.peers.shown import HEADER
 from dadi.peers.superpeers import Superpeers as Known
 from dadi.peers.token import MAX_TEXT
@@ -52,14 +54,11 @@ STALE, NEXT = "Dadi-Stale", "Dadi-Next"
 """Headers: how old a stale document is (seconds); the parameters of a list's next page."""
 _MAX_DOCUMENT = 8 << 20
 _MAX_TABLE = 64 << 20
-_REMEMBERED = 10_000
 _TRIES = 3
 SMALL = 512 << 10
 """Bytes up to which a blob is taken as a stream from the superpeer."""
 MOST_WAIT = 10.0
 """Seconds that a superpeer lets one request for a chunk table wait."""
-_PATIENCE = 45.0
-"""Seconds: clients (containerd's image_pull_progress_timeout among them) give up after a minute without a byte."""
 
 OnTable = Callable[[Reference, Blob, str], Awaitable[None]]
 """Told of a blob that is about to be read chunk by chunk, or is here as a whole: its reference, and its token."""
@@ -69,7 +68,8 @@ class OriginalAnswer(msgspec.Struct, frozen=True):
     """What a superpeer says of a blob: its size in bytes, and its chunk table if it knows it.
 
     `proven`: what others have of it may be given to the caller too, see `Originals.is_proven`. `token`: opens it at
-    /v1/blobs of peers and superpeers. `coming`: it is on its way, and will have a table.
+    /v1/blobs of peers and superpeers. `coming`: it is on its way, and will have a table; `head`: the bytes of it from
+    where the proxy wants them, as far as they are there, not verified.
     """
 
     size: int
@@ -77,16 +77,10 @@ class OriginalAnswer(msgspec.Struct, frozen=True):
     proven: bool = False
     token: Annotated[str, msgspec.Meta(max_length=MAX_TEXT)] = ""
     coming: bool = False
+    head: Annotated[bytes, msgspec.Meta(max_length=HEAD)] = b""
 
 
 _answer = msgspec.msgpack.Decoder(OriginalAnswer)
-
-
-class _Asked(msgspec.Struct, frozen=True):
-    """For whom a blob is fetched."""
-
-    ref: Reference
-    caller: Caller
 
 
 class Superpeers:
@@ -105,9 +99,7 @@ class Superpeers:
         self._fallbacks = fallbacks
         self._session = http.client(connect=connect, read=read, tls=tls)
         self._intake = Intake(store, fallbacks, time.time)
-        self._asked: OrderedDict[str, _Asked] = OrderedDict()
-        self._coming: OrderedDict[str, str] = OrderedDict()
-        """The registries that blobs are arriving from."""
+        self._asked = Asked()
         upstream: Source = Verified("superpeers", self)
         if source is not None:
             upstream = FirstOf([source, upstream], fallbacks)
@@ -154,16 +146,22 @@ class Superpeers:
 
     async def blob(self, ref: Reference, digest: str, caller: Caller) -> Original:
         """See `Originals.blob`."""
-        return self._open(await self._said(ref, digest, caller), ref, digest, caller, may_wait=self._shared)
+        said, asker = await self._said(ref, digest, caller)
 
-    async def _said(self, ref: Reference, digest: str, caller: Caller, wait: int = 0) -> OriginalAnswer:
-        """Ask about a blob."""
-        parameters = {"reference": str(ref)}
+        async def opening() -> Original:
+            return self._open(said, digest, asker, may_wait=self._shared)
+
+        return Awaited(said.size, opening)
+
+    async def _said(self, ref: Reference, digest: str, caller: Caller, more: dict[str, str] | None = None
+                    ) -> tuple[OriginalAnswer, Asker]:  # fmt: skip
+        """Ask about a blob; who is answered is remembered as somebody who wants it."""
+        said = await self._ask_about(ref, digest, caller, more or {})
+        return said, self._asked.add(digest, ref, caller)
+
+    async def _ask_about(self, ref: Reference, digest: str, caller: Caller, more: dict[str, str]) -> OriginalAnswer:
         here = self._store.has(digest)
-        if here:
-            parameters["table"] = "no"
-        if wait:
-            parameters["wait"] = str(wait)
+        parameters = {"reference": str(ref), **more, **({"table": "no"} if here else {})}
         async with self._ask(digest, f"/v1/original/{digest}/table", parameters, caller) as response:
             raw = await _body(response, _MAX_TABLE)
         try:
@@ -172,79 +170,95 @@ class Superpeers:
                 raise Malformed("another blob's chunk table")
         except (msgspec.MsgspecError, DadiError) as error:
             raise Malformed(f"what a superpeer says of {digest} makes no sense: {error}") from None
-        self._asked[digest] = _Asked(ref, caller)
-        self._asked.move_to_end(digest)
-        if len(self._asked) > _REMEMBERED:
-            self._asked.popitem(last=False)
+        check_size(digest, said.size, "a superpeer")
         blob = self._store.find(digest) if here and said.proven else said.blob
         if self._on_table is not None and blob is not None and blob.size > SMALL:
             await self._on_table(ref, blob, said.token)
         return said
 
-    def _open(self, said: OriginalAnswer, ref: Reference, digest: str, caller: Caller, *, may_wait: bool) -> Original:
+    def _open(self, said: OriginalAnswer, digest: str, asker: Asker, *, may_wait: bool) -> Original:
+        ref = asker.ref
         found = self._intake.find(digest)
         coming = self._intake.arriving(digest)
-        if coming is not None and found is coming and self._coming.get(digest) == ref.registry:
+        if coming is not None and found is coming and coming.origin == ref.registry:
             return coming
         if found is not None and found is not coming and said.proven:
             return found
         if found is not None:
             # Here, but not for this caller yet: the superpeer has it proved by his registry while it passes.
-            return Passing(digest, said.size, lambda: self._stream(ref, digest, said.size, caller))
+            return Passing(digest, said.size, lambda: self._stream(digest, said.size, asker, alone=True))
         shared = self._shared and said.size > SMALL and self._fits(said.size)
         if said.blob is not None and (shared or not self._shared) and self._fits(said.size):
-            return Chunked(self._store, said.blob, self._opened)
+            return Chunked(self._store, said.blob, lambda: self._opened(asker))
         if shared and may_wait:
-            return Awaited(said.size, lambda: self._when_whole(ref, digest, caller))
-        self._coming[digest] = ref.registry
-        self._coming.move_to_end(digest)
-        if len(self._coming) > _REMEMBERED:
-            self._coming.popitem(last=False)
-        return self._intake.begin(digest, said.size, lambda _: self._stream(ref, digest, said.size, caller))
+            return self._waiting(said.size, digest, asker)
+        return self._intake.begin(
+            digest, said.size, lambda _: self._stream(digest, said.size, asker), origin=ref.registry
+        )
 
-    async def _when_whole(self, ref: Reference, digest: str, caller: Caller) -> Original:
-        """Wait until the superpeer has all of a blob; if that takes too long, have it as a stream."""
-        until = time.monotonic() + _PATIENCE
+    def _waiting(self, size: int, digest: str, asker: Asker) -> Original:
+        """Return a blob that the superpeer gets first; if that takes too long, as a stream."""
         tries = 0
-        while True:
-            try:
-                said = await self._said(ref, digest, caller, self._wait)
-            except Unavailable as error:
-                tries += 1
-                if tries >= _TRIES:
-                    raise
-                self._fallbacks.note("superpeer asked again for a chunk table", error.message)
-                await asyncio.sleep(0.1 * tries)
-                continue
-            if not said.coming or time.monotonic() > until:
-                break
-        if said.blob is None and not self._store.has(digest):
-            self._fallbacks.note("no chunk table in time, original streamed", digest)
-        return self._open(said, ref, digest, caller, may_wait=False)
+
+        async def ask(wait: int, start: int) -> OriginalAnswer:
+            nonlocal asker, tries
+            more = {"wait": str(wait), "from": str(start)}
+            while True:
+                try:
+                    said, asker = await self._said(asker.ref, digest, asker.caller, more)
+                    return said
+                except Unavailable as error:
+                    tries += 1
+                    if tries >= _TRIES:
+                        raise
+                    self._fallbacks.note("superpeer asked again for a chunk table", error.message)
+                    await asyncio.sleep(0.1 * tries)
+
+        def then(said: OriginalAnswer) -> Original:
+            if said.blob is None and not self._store.has(digest):
+                self._fallbacks.note("no chunk table in time, original streamed", digest)
+            return self._open(said, digest, asker, may_wait=False)
+
+        return Waiting(size, self._wait, ask, then)
 
     async def token(self, digest: str) -> str:
         """Return a new token for a blob that was asked for, as for who asked last; raise NotFound if there is none."""
-        asked = self._asked.get(digest)
-        said = await self._said(asked.ref, digest, asked.caller) if asked else None
-        if said is None or not said.token:
-            raise NotFound(f"no token for {digest}")
-        return said.token
+        refused: DadiError = NotFound(f"nobody has asked for {digest} lately")
+        for asker in self._asked.of(digest):
+            try:
+                said = await self._ask_about(asker.ref, digest, asker.caller, {})
+            except AccessDenied as error:
+                self._asked.drop(digest, asker)
+                refused = error
+                continue
+            if said.token:
+                return said.token
+            refused = NotFound(f"no token for {digest}")
+        raise refused
 
     def _fits(self, size: int) -> bool:
         return not self._store.limit or size <= self._store.limit
 
     @contextlib.asynccontextmanager
-    async def _opened(self) -> AsyncIterator[Source]:
-        yield self._chunks
+    async def _opened(self, asker: Asker) -> AsyncIterator[Source]:
+        with self._asked.reading(asker):
+            yield self._chunks
 
     async def read(self, blob: Blob, chunks: range, urgency: Urgency = Urgency.DEMAND) -> list[bytes]:
         """Be the source of chunks from superpeers, unverified; for `Verified` only."""
-        asked = self._asked.get(blob.digest)
-        if asked is None:
-            raise NotFound(f"nobody has asked for {blob.digest}")
+        refused: DadiError = NotFound(f"nobody has asked for {blob.digest} lately")
+        for asker in self._asked.of(blob.digest):
+            try:
+                return await self._read_for(asker, blob, chunks)
+            except AccessDenied as error:
+                self._asked.drop(blob.digest, asker)
+                refused = error
+        raise refused
+
+    async def _read_for(self, asker: Asker, blob: Blob, chunks: range) -> list[bytes]:
         offset, length = blob.table.span(chunks)
         last = offset + length - 1
-        async with self._ask(blob.digest, f"/v1/original/{blob.digest}", {"reference": str(asked.ref)}, asked.caller,
+        async with self._ask(blob.digest, f"/v1/original/{blob.digest}", {"reference": str(asker.ref)}, asker.caller,
                              {"Range": f"bytes={offset}-{last}"}) as response:  # fmt: skip
             _check_range(response, offset, last, blob.size)
             parts = [await response.content.readexactly(blob.table.extent(chunk)[1]) for chunk in chunks]
@@ -252,28 +266,41 @@ class Superpeers:
                 raise DigestMismatch("a superpeer sent more than the range it was asked for", source="superpeers")
             return parts
 
-    async def _stream(self, ref: Reference, digest: str, size: int, caller: Caller) -> AsyncGenerator[bytes, None]:
-        """Yield a blob from its start; where one superpeer breaks off the next goes on."""
+    async def _stream(self, digest: str, size: int, asker: Asker, *, alone: bool = False
+                      ) -> AsyncGenerator[bytes, None]:  # fmt: skip
+        """Yield a blob from its start; where one superpeer breaks off the next goes on.
+
+        Not `alone`: where the asker is refused, it goes on as for another who wants it from the same registry.
+        """
         at = tries = 0
-        while at < size:
-            try:
-                headers = {"Range": f"bytes={at}-{size - 1}"}
-                async with self._ask(digest, f"/v1/original/{digest}", {"reference": str(ref)}, caller, headers,
-                                     first=tries) as response:  # fmt: skip
-                    _check_range(response, at, size - 1, size)
-                    async for piece in response.content.iter_any():
-                        at += len(piece)
-                        if at > size:
-                            raise DigestMismatch(f"a superpeer sent more than {size} bytes of {digest}")
-                        yield piece
-                if at < size:
-                    raise Unavailable(f"a superpeer cut {digest} off {size - at} bytes before its end")
-            except Unavailable as error:
-                # Few in all, progress or not: what was found to be wrong breaks off too, and comes anew each time.
-                tries += 1
-                if tries >= _TRIES:
-                    raise
-                self._fallbacks.note("original broken off, gone on", error.message)
+        with contextlib.ExitStack() as held:
+            held.enter_context(self._asked.reading(asker))
+            while at < size:
+                try:
+                    headers, parameters = {"Range": f"bytes={at}-{size - 1}"}, {"reference": str(asker.ref)}
+                    async with self._ask(digest, f"/v1/original/{digest}", parameters, asker.caller, headers,
+                                         first=tries) as response:  # fmt: skip
+                        _check_range(response, at, size - 1, size)
+                        async for piece in response.content.iter_any():
+                            at += len(piece)
+                            if at > size:
+                                raise DigestMismatch(f"a superpeer sent more than {size} bytes of {digest}")
+                            yield piece
+                    if at < size:
+                        raise Unavailable(f"a superpeer cut {digest} off {size - at} bytes before its end")
+                except AccessDenied:
+                    self._asked.drop(digest, asker)
+                    others = [one for one in self._asked.of(digest) if one.ref.registry == asker.ref.registry]
+                    if alone or not others:
+                        raise
+                    asker = others[0]
+                    held.enter_context(self._asked.reading(asker))
+                except Unavailable as error:
+                    # Few in all, progress or not: what was found to be wrong breaks off too, and comes anew each time.
+                    tries += 1
+                    if tries >= _TRIES:
+                        raise
+                    self._fallbacks.note("original broken off, gone on", error.message)
 
     # ---- asking
 
@@ -314,6 +341,7 @@ class Superpeers:
         """Break off what is under way."""
         await self._intake.close()
         await self._chunks.close()
+        self._asked.close()
         await self._session.close()
         if self._owns_known:
             await self._known.close()

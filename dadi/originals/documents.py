@@ -79,8 +79,11 @@ class Documents:
         return record is not None and self._store.has(record.digest)
 
     async def get(self, registry: str, key: str, fetch: Fetch, revalidate: Revalidate | None = None, *,
-                  immutable: bool = False) -> Document:  # fmt: skip
-        """Return what `key` names. Raises what `fetch` and `revalidate` raise, unless something stale may be given."""
+                  immutable: bool = False, who: str = "") -> Document:  # fmt: skip
+        """Return what `key` names. Raises what `fetch` and `revalidate` raise, unless something stale may be given.
+
+        `who`: whose credentials those two show, see `Flights.join`.
+        """
         record = self._records.find(key)
         if record is not None and self._store.has(record.digest):
             if immutable or self._records.age(record) <= self._config.tag_ttl:
@@ -90,16 +93,20 @@ class Documents:
         else:
             record = None
         usable = record is not None and self._records.age(record) <= self._config.stale
+        limit = self._away.limit(registry, old=usable)
         try:
             if usable and self._away.is_away(registry):
                 raise Unavailable(f"{registry} did not answer a moment ago")
             work = lambda: self._refresh(registry, key, record, fetch, revalidate)  # noqa: E731
-            return await self._flights.join(key, work, self._away.patience if usable else None)
+            return await self._flights.join(key, work, limit, who=who)
         except (Unavailable, TimeoutError) as error:
+            late = slow(registry, limit)
+            if isinstance(error, TimeoutError):
+                self._away.failed(registry)
             found = await self._given(record, stale=True) if record is not None and usable else None
             if found is None:
-                raise
-            why = error.message if isinstance(error, Unavailable) else slow(registry, self._away.patience).message
+                raise (late if isinstance(error, TimeoutError) else error) from None
+            why = error.message if isinstance(error, Unavailable) else late.message
             self.stale += 1
             self._fallbacks.note("registry away, answered from the cache", f"{key}: {why}")
             return found

@@ -41,6 +41,11 @@ class Intake:
     def __repr__(self) -> str:
         return f"Intake({len(self._arriving)} arriving)"
 
+    @property
+    def busy(self) -> bool:
+        """Whether something is under way."""
+        return bool(self._arriving) or not all(one.done for one in self._cleaning)
+
     def find(self, digest: str) -> Original | None:
         """Return a blob that is in the store as a whole, or arriving."""
         return self.whole(digest) or self._arriving.get(digest)
@@ -50,17 +55,24 @@ class Intake:
         blob = self._store.find(digest) if self._store.has(digest) else None
         return Whole(self._store, blob) if blob is not None else None
 
+    def distrusts(self, digest: str) -> bool:
+        """Whether wrong bytes have come for a blob a while ago."""
+        return self._clock() < self._distrusted.get(digest, 0.0)
+
     def arriving(self, digest: str) -> Arriving | None:
         """Return a blob that is arriving."""
         return self._arriving.get(digest)
 
-    def begin(self, digest: str, size: int, streams: Streams, on_verified: OnVerified = lambda: None) -> Original:
-        """Return a blob that `find` does not: it begins to arrive; or it passes by, if there is no room for it.
+    def begin(self, digest: str, size: int, streams: Streams, on_verified: OnVerified = lambda: None,
+              origin: object = None) -> Original:  # fmt: skip
+        """Return a blob that is arriving: from now on, if it was not; or it passes by, if there is no room for it.
 
-        `on_verified` is called when all of it has come and is what its digest says.
+        `on_verified` is called when all of it has come and is what its digest says. `origin`: see `Arriving`.
         """
+        if (under_way := self._arriving.get(digest)) is not None:
+            return under_way
         now = self._clock()
-        distrust = now < self._distrusted.get(digest, 0.0)
+        distrust = self.distrusts(digest)
 
         def stream() -> AsyncGenerator[bytes, None]:
             return streams(distrust)
@@ -75,7 +87,7 @@ class Intake:
             if arriving.verified:
                 on_verified()
 
-        arriving = Arriving(self._store, digest, size, stream, self._fallbacks, ended)
+        arriving = Arriving(self._store, digest, size, stream, self._fallbacks, ended, origin)
         self._arriving[digest] = arriving
         return arriving
 

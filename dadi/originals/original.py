@@ -18,6 +18,7 @@ from typing import Protocol
 
 import msgspec
 
+from dadi import digest as digests
 from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.single_flight import runs
 from dadi.blobs.source import Source, Urgency
@@ -25,6 +26,7 @@ from dadi.errors import AccessDenied, DadiError, DigestMismatch, NotFound, Store
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
 
+_EMPTY = digests.of(b"")
 _STEP = 4 << 20
 """Bytes that are brought at a time of what is assembled from chunks."""
 
@@ -207,7 +209,7 @@ class EitherOr:
 
 
 class Awaited:
-    """A blob of which it is found out how it comes when somebody reads it: that may take a while."""
+    """A blob of which it is found out how it comes when somebody reads it: that may take a while, or cost a fetch."""
 
     def __init__(self, size: int, opening: Callable[[], Awaitable[Original]]) -> None:
         self.size = size
@@ -222,6 +224,16 @@ class Awaited:
         async with contextlib.aclosing(original.parts(offset, length)) as parts:
             async for part in parts:
                 yield part
+
+
+def check_size(digest: str, size: int, who: str) -> int:
+    """Return a blob's size as `who` says it; raise DigestMismatch for no bytes where the digest is of some.
+
+    An answer without bytes has nothing that could be verified while it is sent.
+    """
+    if not size and digest != _EMPTY:
+        raise DigestMismatch(f"{who} says that {digest} has no bytes: that is not what its digest says", source=who)
+    return size
 
 
 async def whole_of(original: Original) -> AsyncGenerator[bytes, None]:

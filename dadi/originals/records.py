@@ -66,7 +66,7 @@ class Records:
         for path in self._directory.glob("*.json"):
             try:
                 found.append(msgspec.json.decode(path.read_bytes(), type=Record))
-            except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
                 log.warning("dropped what a registry has said", file=str(path), why=str(error))
                 path.unlink(missing_ok=True)
         return found

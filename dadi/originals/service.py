@@ -13,16 +13,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import msgspec
 
 from dadi import digest as digests
 from dadi.blobs.disk import DiskBlobs
-from dadi.errors import NotFound
+from dadi.errors import AccessDenied, NotFound
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
 from dadi.oci import index_document, media_types
@@ -32,15 +34,20 @@ from dadi.oci.reference import Reference
 from dadi.oci.registry import RegistryClient
 from dadi.originals.access import Access
 from dadi.originals.arriving import Arriving
-from dadi.originals.away import Away, Flights
+from dadi.originals.away import Away, Flights, slow
 from dadi.originals.caller import Caller
 from dadi.originals.config import OriginalsConfig
 from dadi.originals.documents import Document, Documents, Fetched
+from dadi.originals.fetching import Fetch
 from dadi.originals.intake import Intake
-from dadi.originals.original import Chunked, EitherOr, Original, whole_of
+from dadi.originals.original import Awaited, Chunked, EitherOr, Original, check_size, whole_of
 from dadi.originals.records import Records
 
 _CAME = "came "
+_DOUBTED_FOR = 1.0
+"""Seconds between two questions for the size of a blob of which wrong bytes came."""
+_MOST_NAMES = 64
+"""Repositories that are remembered as sources of one blob."""
 Known = Callable[[str], Iterable[str]]
 """Returns the repositories, with their registries, from which what is here of a layer came, by its digest."""
 Packed = Callable[[str], Awaitable[Chunked | None]]
@@ -69,10 +76,9 @@ class Originals:
         self.intake = Intake(store, fallbacks, clock)
         self._proving: dict[str, Intake] = {}
         """By registry: blobs that are here and that it has to send all the same."""
-        self._came: dict[str, set[str]] = {}
-        """By digest: repositories (with their registries) from which all of a blob has come."""
-        self._coming: dict[str, str] = {}
-        """Where blobs come from that are arriving."""
+        self._came: OrderedDict[str, OrderedDict[str, None]] = OrderedDict()
+        """By digest: repositories (with their registries) from which all of a blob has come. The oldest go first."""
+        self._most_came = config.most_records
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
@@ -84,7 +90,7 @@ class Originals:
         self.access.start()
         for record in self.records.with_prefix(_CAME):
             name = record.key.removeprefix(_CAME).rpartition("@")[0]
-            self._came.setdefault(record.digest, set()).add(name)
+            self._remember_came(record.digest, name)
 
     # ---- documents
 
@@ -115,7 +121,17 @@ class Originals:
             return fetched
 
         await self.access.check(ref, caller, probe)
-        return await self.documents.get(ref.registry, key, fetch, revalidate, immutable=ref.digest is not None)
+        async with self._asking(ref, caller):
+            return await self.documents.get(ref.registry, key, fetch, revalidate, immutable=ref.digest is not None,
+                                            who=caller.key)  # fmt: skip
+
+    @contextlib.asynccontextmanager
+    async def _asking(self, ref: Reference, caller: Caller) -> AsyncIterator[None]:
+        """Tell who was let in before and is refused now what the registry wants to see."""
+        try:
+            yield
+        except AccessDenied as error:
+            raise await self.access.refused(ref, caller, error) from None
 
     async def _learn_by_digest(self, ref: Reference, fetched: Fetched) -> None:
         if ref.digest is None:  # it is asked for by its digest next
@@ -123,8 +139,7 @@ class Originals:
 
     async def tags(self, ref: Reference, parameters: dict[str, str], caller: Caller) -> Document:
         """Return a page of the repository's tags, as JSON; `parameters` are n and last."""
-        page = "&".join(f"{name}={parameters[name]}" for name in sorted(parameters))
-        key = f"tags {ref.name} {page}"
+        key = f"tags {ref.name} {urlencode(sorted(parameters.items()))}"
 
         async def fetch(asker: RegistryClient) -> Fetched:
             found = _paged(await asker.tags(ref, parameters), parameters)
@@ -136,7 +151,8 @@ class Originals:
 
         await self.access.check(ref, caller, probe)
         client = self.access.client(ref.registry, caller)
-        return await self.documents.get(ref.registry, key, lambda: fetch(client))
+        async with self._asking(ref, caller):
+            return await self.documents.get(ref.registry, key, lambda: fetch(client), who=caller.key)
 
     async def referrers(self, ref: Reference, artifact_type: str, caller: Caller) -> Document:
         """Return the index of what has the reference's digest as its subject, of one artifact type if that is given."""
@@ -156,20 +172,27 @@ class Originals:
                 await asker.tags(ref, {"n": "1"})
 
         await self.access.check(ref, caller, probe)
-        found = await self.documents.get(ref.registry, f"referrers {ref.name} {digest}", fetch)
+        async with self._asking(ref, caller):
+            found = await self.documents.get(ref.registry, f"referrers {ref.name} {digest}", fetch, who=caller.key)
         if not artifact_type:
             return found
         entries = index_document.parse(found.raw, media_types.OCI_INDEX).descriptors
         raw = _index([entry for entry in entries if entry.artifact_type == artifact_type])
         return msgspec.structs.replace(found, raw=raw, digest=digests.of(raw))
 
+    async def challenge(self, registry: str) -> str | None:
+        """Return how a registry meets whom it does not know (WWW-Authenticate); None: it lets him in."""
+        return await self.access.challenge(registry)
+
     # ---- blobs
 
     async def blob(self, ref: Reference, digest: str, caller: Caller) -> Original:
-        """Return a blob of the repository of `ref`. Raises LoginRequired, NotFound, what `RegistryClient` raises."""
+        """Return a blob of the repository of `ref`; nothing of it is fetched before somebody reads it.
+
+        Raises LoginRequired, NotFound, what `RegistryClient` raises.
+        """
         size = await self.size(ref, digest, caller)
-        client = self.access.client(ref.registry, caller)
-        return await self._open(ref, Descriptor("", digest, size), client)
+        return Awaited(size, lambda: self._open(ref, Descriptor("", digest, size), caller))
 
     async def size(self, ref: Reference, digest: str, caller: Caller) -> int:
         """Return how many bytes a blob of the repository has, if the caller may have it. Raises as `blob` does."""
@@ -177,16 +200,25 @@ class Originals:
         key = f"blob {ref.name}@{digest}"
 
         async def ask(asker: RegistryClient) -> None:
-            await self.records.learn(key, digest, await asker.blob_size(ref, digest))
+            size = await asker.blob_size(ref, digest)
+            await self.records.learn(key, digest, check_size(digest, size, ref.registry))
 
         await self.access.check(ref, caller, ask)
-        client = self.access.client(ref.registry, caller)
-        if self.records.find(key) is None:
-            await self._flights.join(key, lambda: ask(client))
+        record = self.records.find(key)
+        # A size that was wrong once would make the blob wrong for ever: it is asked for anew.
+        doubtful = record is not None and self.intake.distrusts(digest) and not self.store.has(digest)
+        if record is None or (doubtful and self.records.age(record) >= _DOUBTED_FOR):
+            client, limit = self.access.client(ref.registry, caller), self._away.limit(ref.registry, old=False)
+            async with self._asking(ref, caller):
+                try:
+                    await self._flights.join(key, lambda: ask(client), limit, who=caller.key)
+                except TimeoutError:
+                    self._away.failed(ref.registry)
+                    raise slow(ref.registry, limit) from None
         record = self.records.find(key)
         if record is None:
             raise NotFound(f"{ref.name} has no blob {digest}")
-        return record.size
+        return check_size(digest, record.size, ref.registry)
 
     def is_proven(self, ref: Reference, digest: str) -> bool:
         """Whether what is here of a blob may be given to who may read the repository of `ref`, which has it.
@@ -208,46 +240,59 @@ class Originals:
         Of what is arriving only what comes from his own registry: any other could stall it, or send what is wrong.
         """
         whole = self.intake.whole(digest) if self.is_proven(ref, digest) else None
-        arriving, coming = self.intake.arriving(digest), self._coming.get(digest, "")
+        arriving = self.intake.arriving(digest)
         if whole is not None or arriving is None:
             return whole
+        coming = arriving.origin.name if isinstance(arriving.origin, Fetch) else ""
         own = _registry_of(coming) == ref.registry or (arriving.verified and self._is_shared(ref, coming))
         return arriving if own else None
 
-    async def _open(self, ref: Reference, descriptor: Descriptor, client: RegistryClient) -> Original:
-        digest = descriptor.digest
-        chunked: Chunked | None = None
-        intake = self.intake
-        if (here := self._find(ref, digest)) is not None:
-            return here
-        if self._packed is not None and self.is_proven(ref, digest):
-            chunked = await self._packed(digest)
-        if chunked is None and intake.find(digest) is not None:
-            # Here, but from elsewhere: this registry has to send it all once, and then has proved that it has it.
-            intake = self._proving.setdefault(ref.registry, Intake(self.store, self._fallbacks, self._clock))
-            if (proving := intake.arriving(digest)) is not None:
-                return proving
+    def _joined(self, original: Original, ref: Reference, caller: Caller) -> Original:
+        """Let a fetch that is under way be gone on with for this caller, where it fails for another's credentials."""
+        if isinstance(original, Arriving) and isinstance(original.origin, Fetch):
+            if _registry_of(original.origin.name) == ref.registry:
+                original.origin.add(ref, caller.key, self.access.client(ref.registry, caller))
+        return original
 
-        def stream(distrust: bool) -> AsyncGenerator[bytes, None]:
-            return client.blob(ref, descriptor, mirrors=not distrust)
+    async def _open(self, ref: Reference, descriptor: Descriptor, caller: Caller) -> Original:
+        if (here := self._find(ref, descriptor.digest)) is not None:
+            return self._joined(here, ref, caller)
+        begin = partial(self._begin, ref, descriptor, caller)
+        if self._packed is not None and self.is_proven(ref, descriptor.digest):
+            chunked = await self._packed(descriptor.digest)
+            if chunked is not None:
+                return EitherOr(chunked, begin, self._fallbacks)
+        return begin()
+
+    def _begin(self, ref: Reference, descriptor: Descriptor, caller: Caller) -> Original:
+        """Return a blob that is here by now, is arriving, or begins to. Awaits nothing: what it finds stays so."""
+        digest = descriptor.digest
+        if (here := self._find(ref, digest)) is not None:
+            return self._joined(here, ref, caller)
+        intake = self.intake
+        if intake.find(digest) is not None:
+            # Here, but from elsewhere: this registry has to send it all once, and then has proved that it has it.
+            self._proving = {registry: proving for registry, proving in self._proving.items() if proving.busy}
+            intake = self._proving.setdefault(ref.registry, Intake(self.store, self._fallbacks, self._clock))
+        fetch = Fetch(ref, descriptor)
+        fetch.add(ref, caller.key, self.access.client(ref.registry, caller))
 
         def verified() -> None:
-            self._coming.pop(digest, None)
-            self._came.setdefault(digest, set()).add(ref.name)
-            task = asyncio.create_task(self._learn_came(ref.name, descriptor))
+            self._remember_came(digest, fetch.name)
+            task = asyncio.create_task(self._learn_came(fetch.name, descriptor))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-        def begin() -> Original:
-            if intake is self.intake and (found := self._find(ref, digest)) is not None:
-                return found
-            if intake is self.intake:
-                self._coming[digest] = ref.name
-            return intake.begin(digest, descriptor.size, stream, verified)
+        return self._joined(intake.begin(digest, descriptor.size, fetch.stream, verified, fetch), ref, caller)
 
-        if chunked is None:
-            return begin()
-        return EitherOr(chunked, begin, self._fallbacks)
+    def _remember_came(self, digest: str, name: str) -> None:
+        names = self._came.setdefault(digest, OrderedDict())
+        names[name] = None
+        self._came.move_to_end(digest)
+        if len(names) > _MOST_NAMES:
+            names.popitem(last=False)
+        if len(self._came) > self._most_came:
+            self._came.popitem(last=False)
 
     async def make_whole(self, ref: Reference, digest: str, caller: Caller, seconds: float) -> bool:
         """Have all of a blob brought here, once for all who want that; False if it is not done after `seconds`.
@@ -256,13 +301,14 @@ class Originals:
         """
         try:
             work = partial(self._make_whole, ref, digest, caller)
-            await self._flights.join(f"whole {ref.name}@{digest}", work, seconds)
+            await self._flights.join(f"whole {ref.name}@{digest}", work, seconds, who=caller.key)
         except TimeoutError:
             return False
         return True
 
     async def _make_whole(self, ref: Reference, digest: str, caller: Caller) -> None:
-        original: Original | None = await self.blob(ref, digest, caller)
+        size = await self.size(ref, digest, caller)
+        original: Original | None = await self._open(ref, Descriptor("", digest, size), caller)
         if isinstance(original, EitherOr):
             async with contextlib.aclosing(original.parts(0, original.size)) as parts:
                 async for _ in parts:
@@ -273,6 +319,11 @@ class Originals:
 
     async def _learn_came(self, name: str, descriptor: Descriptor) -> None:
         await self.records.learn(f"{_CAME}{name}@{descriptor.digest}", descriptor.digest, descriptor.size)
+
+    async def head(self, ref: Reference, digest: str, offset: int, most: int) -> bytes:
+        """Return at most `most` bytes at `offset` of a blob that is arriving; they are not verified yet."""
+        here = self._find(ref, digest)
+        return await here.head(offset, most) if isinstance(here, Arriving) else b""
 
     def local(self, ref: Reference, digest: str) -> AsyncGenerator[bytes, None] | None:
         """Return the bytes of a layer of an image that is here or arriving; None if it is not, or is not proven.
@@ -320,12 +371,12 @@ async def _manifest(client: RegistryClient, ref: Reference) -> Fetched:
 
 
 def _paged(page: TagsPage, parameters: dict[str, str]) -> TagsPage:
-    """Return the page that was asked for, also from a registry that answers with all tags whatever was asked for."""
-    most = int(parameters.get("n", "0"))
-    if not most or len(page.tags) <= most:
-        return page
-    tags = sorted(tag for tag in page.tags if tag > parameters.get("last", ""))
-    following = {"n": str(most), "last": tags[most - 1]} if len(tags) > most else {}
+    """Return the page that was asked for, in order, also from a registry that answers with all tags whatever it is."""
+    most, last = int(parameters.get("n", len(page.tags))), parameters.get("last", "")
+    if len(page.tags) <= most and last not in page.tags:
+        return page if page.following else TagsPage(tuple(sorted(page.tags)), {})
+    tags = sorted(tag for tag in page.tags if tag > last)
+    following = {"n": str(most), "last": tags[most - 1]} if 0 < most < len(tags) else {}
     return TagsPage(tuple(tags[:most]), following)
 
 

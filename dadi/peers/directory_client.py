@@ -3,6 +3,7 @@
     POST /v1/peers/join         Join       →  Joined
     POST /v1/peers/heartbeat    Heartbeat  →  Changed
     POST /v1/peers/leave        Leave      →  {}
+    POST /v1/peers/group        Introduce  →  Grouped     at the superpeer that is responsible for the rack
     GET  /v1/peers?blob=D…                 →  {"trees": {digest: rows}}
 
 A blob's tree is kept by the superpeer that owns the blob (`owners.py`), by the next in order where that one is away:
@@ -31,7 +32,21 @@ from dadi.errors import DadiError, Malformed, TokenRefused, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.peers.gate import AUTHORIZATION
 from dadi.peers.health import Health
-from dadi.peers.places import MAX_JOINED, MAX_NAMED, Changed, Fault, Heartbeat, Join, Joined, Leave, Peer, Place, Told
+from dadi.peers.places import (
+    MAX_JOINED,
+    MAX_NAMED,
+    Changed,
+    Fault,
+    Grouped,
+    Heartbeat,
+    Introduce,
+    Join,
+    Joined,
+    Leave,
+    Peer,
+    Place,
+    Told,
+)  # fmt: skip
 from dadi.peers.superpeers import SETTINGS, Superpeers
 from dadi.peers.tokens import Tokens
 
@@ -131,6 +146,8 @@ class DirectoryClient:
         self._told.clear()
         work = (self._post(name, "leave", message, dict[str, Any], ()) for name in names)
         for name, failed in zip(names, await asyncio.gather(*work, return_exceptions=True), strict=True):
+            if isinstance(failed, TokenRefused) and not self.joins:
+                continue  # it has joined nothing, so holds no token: the superpeer has forgotten its group all the same
             if isinstance(failed, DadiError):
                 self._superpeers.passed_over(name, failed)
             elif isinstance(failed, BaseException):
@@ -143,11 +160,26 @@ class DirectoryClient:
 
         async def ask(url: str, some: Sequence[str]) -> None:
             for part in self._parts(some, 32):  # a request line has a limit
-                answer = await self._request("GET", f"{url}/v1/peers", _Trees, part, params=[("blob", b) for b in part])
+                answer = await self._request("GET", f"{url}/v1/peers", Trees, part, params=[("blob", b) for b in part])
                 found.update(answer.trees)
 
         await self._by_owner({blob: blob for blob in blobs}, ask, "trees")
         return found
+
+    async def group(self, me: Peer, known: int) -> Grouped | None:
+        """Return the group of a node, by the superpeer that is responsible for its rack; None if nobody answered."""
+        self._id = me.id
+        found: list[Grouped] = []
+
+        async def ask(url: str, _: Sequence[str]) -> None:
+            found.append(await self._post(url, "group", Introduce(me, known), Grouped, ()))
+
+        rack = f"rack {me.zone}/{me.rack}"
+        await self._by_owner({rack: rack}, ask, "the group")
+        if not found:
+            return None
+        self.heartbeat_every = found[0].heartbeat
+        return found[0]
 
     def statistics(self) -> dict[str, Any]:
         """Return counts, and the superpeers with their states."""
@@ -281,5 +313,7 @@ class _Later(Unavailable):
         self.seconds = min(seconds, _LONGEST) + random.random()
 
 
-class _Trees(msgspec.Struct, frozen=True):
+class Trees(msgspec.Struct, frozen=True):
+    """The rows of trees, by blob."""
+
     trees: dict[str, list[dict[str, Any]]]

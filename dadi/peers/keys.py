@@ -234,7 +234,7 @@ class Keys:
             self._written = data
         except FileNotFoundError:
             pass
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, DadiError) as error:
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError, DadiError) as error:
             self._fallbacks.note("keys could not be read", f"{self._file}: {type(error).__name__}")
         self._loaded = True
 

@@ -9,6 +9,7 @@
        Authorization: Bearer …
 
        Dadi-Stream: 1                            200 and each chunk as it comes to it (`stream.py`): what nodes answer
+       Dadi-Chunks: A-B,C,D-E                    (of several runs of neighbours, if it is known to answer that)
 
 A stream, or else a shorter answer than was asked for, is what lets a node pass on what it has, while the rest is still
 coming to it. As with `dadi/blobs/remote.py` the range counts the blob's own bytes, and compressed bodies are a zstd
@@ -19,14 +20,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import aiohttp
 
 from dadi import http
+from dadi.blobs.single_flight import runs
 from dadi.blobs.source import Urgency
-from dadi.errors import DadiError, DigestMismatch, TokenRefused, Unavailable
+from dadi.errors import DadiError, DigestMismatch, TokenRefused, Unavailable, Unreachable
 from dadi.index.chunks import Blob
 from dadi.peers import hops as hop_count
 from dadi.peers import stream
@@ -82,9 +84,13 @@ class Line(Protocol):
 
     wire_bytes: int
     """Bytes of bodies as they crossed the network."""
+    scattered: bool
+    """It takes requests for chunks that are not neighbours."""
 
-    async def ask(self, blob: Blob, run: range, urgency: Urgency, hops: int, heard: Heard) -> bool:
-        """Ask for a run; tell `heard` of what comes. Returns False if the upstream has nothing of it yet.
+    async def ask(self, blob: Blob, chunks: Sequence[int], urgency: Urgency, hops: int, heard: Heard) -> bool:
+        """Ask for chunks, ascending, a range of them unless `scattered`; tell `heard` of what comes.
+
+        Returns False if the upstream has nothing of it yet; what has not come is to be asked for again.
 
         Raises DigestMismatch for wrong bytes; Busy; NotFound; AccessDenied; Unavailable for all else that fails.
         """
@@ -99,13 +105,16 @@ class HttpLine:
         """`read`: seconds without a byte after which a request has failed."""
         self._where = where
         self.wire_bytes = 0
+        self.scattered = False
         self._session = session
         self._fixed = {"Accept-Encoding": "zstd" if compress else "identity", PEER: me,
                        stream.HEADER: "1"}  # fmt: skip
         self._sends_frames = False
         """It has shown that it compresses; else that a chunk comes plain says nothing of the chunk."""
         self._tokens = tokens
-        self._options = {} if read is None else {"timeout": _timeout(session, read)}
+        # aiohttp would set its clock anew for each few KiB.
+        self._read = session.timeout.sock_read if read is None else read
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=session.timeout.sock_connect)
 
     def __repr__(self) -> str:
         return f"HttpLine({self.url})"
@@ -115,11 +124,11 @@ class HttpLine:
         """Where it is now."""
         return self._where().rstrip("/")
 
-    async def ask(self, blob: Blob, run: range, urgency: Urgency, hops: int, heard: Heard) -> bool:
+    async def ask(self, blob: Blob, chunks: Sequence[int], urgency: Urgency, hops: int, heard: Heard) -> bool:
         """See `Line`."""
         shown = self._tokens.text(blob.digest) if self._tokens else None
         try:
-            return await self._ask(blob, run, urgency, hops, heard, shown)
+            return await self._ask(blob, chunks, urgency, hops, heard, shown)
         except TokenRefused:
             if self._tokens is None:
                 raise
@@ -129,31 +138,46 @@ class HttpLine:
             except Unavailable as error:  # no fault of the upstream's: others are asked, and this one again soon
                 raise Busy(error.message, retry_after=error.retry_after or 1.0) from None
         try:
-            return await self._ask(blob, run, urgency, hops, heard, self._tokens.text(blob.digest))
+            return await self._ask(blob, chunks, urgency, hops, heard, self._tokens.text(blob.digest))
         except TokenRefused as error:
             raise RefusedAnew(error.message, hint=error.hint) from None
 
-    async def _ask(self, blob: Blob, run: range, urgency: Urgency, hops: int, heard: Heard, token: str | None) -> bool:
+    async def _ask(self, blob: Blob, chunks: Sequence[int], urgency: Urgency, hops: int, heard: Heard,
+                   token: str | None) -> bool:  # fmt: skip
+        try:
+            async with asyncio.timeout(self._read) as limit:
+                return await self._exchange(blob, chunks, urgency, hops, heard, token, _Alive(limit, self._read))
+        except TimeoutError:
+            text = f"reading a blob: nothing came from {self.url} for {self._read} s"
+            raise Unreachable(text, hint="is it up, and reachable from here?") from None
+
+    async def _exchange(self, blob: Blob, chunks: Sequence[int], urgency: Urgency, hops: int, heard: Heard,
+                        token: str | None, alive: _Alive) -> bool:  # fmt: skip
+        run, *more = runs(chunks)
         offset, length = blob.table.span(run)
         headers = {"Range": f"bytes={offset}-{offset + length - 1}", hop_count.HEADER: str(hops), **self._fixed}
+        if more:
+            headers[stream.CHUNKS] = stream.chunks_text((run, *more))
         if token is not None:
             headers["Authorization"] = f"Bearer {token}"
         if urgency != Urgency.DEMAND:
             headers[URGENCY] = urgency.word
         url = f"{self.url}/v1/blobs/{blob.digest}"
         async with http.request(
-            self._session, "GET", url, "reading a blob", headers=headers, accept=(429, 503), **self._options
+            self._session, "GET", url, "reading a blob", headers=headers, accept=(429, 503), timeout=self._timeout
         ) as response:
             if response.status in (429, 503):
                 raise _refusal(response, self.url, error_in(await response.content.read(_MAX_ERROR)))
             if response.status == 202:
                 return False
-            if response.status == 200 and response.content_type == stream.TYPE:
-                await self._stream(response, blob, run, heard)
+            self.scattered = stream.CHUNKS in response.headers
+            # Not `content_type`, which has Python's e-mail package parse it.
+            if response.status == 200 and response.headers.get("Content-Type") == stream.TYPE:
+                await self._stream(response, blob, chunks if self.scattered else run, heard, alive)
                 return True
             coming = self._granted(response, blob, run, offset)
             heard.begins()
-            await self._body(response, blob, coming, heard)
+            await self._body(response, blob, coming, heard, alive)
         return True
 
     def _granted(self, response: aiohttp.ClientResponse, blob: Blob, run: range, offset: int) -> range:
@@ -167,11 +191,12 @@ class HttpLine:
         told = f"{response.status} with {said[:100] or 'no range'}"
         raise DigestMismatch(f"{self.url} answered {told} to a request for the chunks {run} of {blob}", source=self.url)
 
-    async def _body(self, response: aiohttp.ClientResponse, blob: Blob, run: range, heard: Heard) -> None:
+    async def _body(self, response: aiohttp.ClientResponse, blob: Blob, run: range, heard: Heard,
+                    alive: _Alive) -> None:  # fmt: skip
         lengths = [blob.table.extent(chunk)[1] for chunk in run]
         compressed = response.headers.get("Content-Encoding") == "zstd"
-        pieces = _Frames(response, self.url) if compressed else None
-        body = _Body(response)
+        pieces = _Frames(response, self.url, alive) if compressed else None
+        body = _Body(response, alive)
         for chunk, length in zip(run, lengths, strict=True):
             frame = await pieces.next(length) if pieces else None
             data = frame if frame is not None else await body.exactly(length)
@@ -179,10 +204,11 @@ class HttpLine:
         if (pieces and pieces.rest) or await body.more():
             raise DigestMismatch(f"{self.url} sent more than the range it was asked for", source=self.url)
 
-    async def _stream(self, response: aiohttp.ClientResponse, blob: Blob, run: range, heard: Heard) -> None:
+    async def _stream(self, response: aiohttp.ClientResponse, blob: Blob, chunks: Sequence[int], heard: Heard,
+                      alive: _Alive) -> None:  # fmt: skip
         """Take chunks as they come, until all have."""
-        missing = set(run)
-        body = _Body(response)
+        missing = set(chunks)
+        body = _Body(response, alive)
         loop = asyncio.get_running_loop()
         began, signs = loop.time(), 0
         while missing:
@@ -198,7 +224,7 @@ class HttpLine:
                 raise Busy(error.message, retry_after=after, instead=instead) if after is not None else error
             size = blob.table.extent(chunk)[1] if chunk in missing else -1
             if length > size or not length or (kind == stream.PLAIN and length != size):
-                told = f"{length} bytes as chunk {chunk} in answer to a request for the chunks {run} of {blob}"
+                told = f"{length} bytes as chunk {chunk} in answer to a request for others of {blob}"
                 raise DigestMismatch(f"{self.url} sent {told}", source=self.url)
             heard.begins(chunk)
             data = await body.exactly(length)
@@ -218,11 +244,29 @@ class HttpLine:
         heard.chunk(chunk, data, sent if compressed else b"" if self._sends_frames else None)
 
 
+class _Alive:
+    """Puts off the end of a request (a time-out of `seconds`) while bytes come."""
+
+    def __init__(self, limit: asyncio.Timeout, seconds: float | None) -> None:
+        self._limit = limit
+        self._seconds = seconds
+        self._loop = asyncio.get_running_loop()
+        self._put_off_at = self._loop.time()
+
+    def came(self) -> None:
+        """Bytes have come. Looked at from time to time only: a timer costs more than what is done with the bytes."""
+        now = self._loop.time()
+        if self._seconds is not None and now - self._put_off_at > self._seconds / 16:
+            self._put_off_at = now
+            self._limit.reschedule(now + self._seconds)
+
+
 class _Body:
     """Reads exact lengths; the event loop is not woken for each few KiB of what is to be had whole."""
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, alive: _Alive) -> None:
         self._content = response.content
+        self._alive = alive
         self._rest = b""
         self._low = 1
         transport = response.connection.transport if response.connection else None
@@ -251,6 +295,7 @@ class _Body:
         piece = await self._content.readany()
         if not piece:
             raise aiohttp.ClientPayloadError(f"body cut short: {need} more bytes were to come")
+        self._alive.came()
         return piece
 
     async def more(self) -> bool:
@@ -271,8 +316,9 @@ class _Body:
 class _Frames:
     """Cuts a body into frames as it comes."""
 
-    def __init__(self, response: aiohttp.ClientResponse, where: str) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, where: str, alive: _Alive) -> None:
         self._content = response.content
+        self._alive = alive
         self._where = where
         self.rest = bytearray()
 
@@ -284,6 +330,7 @@ class _Frames:
                 piece = await self._content.readany()
                 if not piece:
                     raise aiohttp.ClientPayloadError("body cut short, within a frame")
+                self._alive.came()
                 self.rest += piece
         except DigestMismatch as error:
             raise DigestMismatch(f"{self._where}: {error.message}", source=self._where) from None
@@ -308,10 +355,6 @@ def _refusal(response: aiohttp.ClientResponse, where: str, error: DadiError | No
     if not (asked.isdigit() and len(asked) < 6):
         return Unavailable(text)
     return Busy(text, retry_after=float(asked), instead=response.headers.get(TRY, "")[:200])
-
-
-def _timeout(session: aiohttp.ClientSession, read: float) -> aiohttp.ClientTimeout:
-    return aiohttp.ClientTimeout(total=None, sock_connect=session.timeout.sock_connect, sock_read=read)
 
 
 def joined(chunks: list[tuple[Blob, int]], most: int) -> Iterator[tuple[Blob, range]]:

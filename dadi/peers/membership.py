@@ -39,11 +39,15 @@ _WITHOUT_FOR = 60.0
 
 
 class Directory(Protocol):
-    """What of `directory_client.DirectoryClient` is needed here."""
+    """What of `grouped.GroupedDirectory` is needed here; a `directory_client.DirectoryClient` has it, too."""
 
-    heartbeat_every: float
     waits: dict[str, float]
     """Blobs of the last join that are to be joined later, and in how many seconds."""
+
+    @property
+    def heartbeat_every(self) -> float:
+        """Seconds."""
+        ...
 
     async def join(self, peer: Peer, blobs: Sequence[str], without: Iterable[str] = (),
                    reports: Iterable[tuple[str, Fault]] = ()) -> dict[str, Place]:  # fmt: skip

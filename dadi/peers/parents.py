@@ -106,6 +106,8 @@ class Parents:
         finally:
             self._unplaced.difference_update(wishes)
         flights = [self.asking.want(blob, wish.chunk, wish.urgency, hops) for wish in wishes]
+        if len(flights) == 1:  # the way of nearly all: `gather` would cost two turns of the event loop
+            return [await asyncio.shield(flights[0])]
         return list(await asyncio.gather(*map(asyncio.shield, flights)))
 
     def hurry(self, blob: Blob, chunks: range, urgency: Urgency) -> None:

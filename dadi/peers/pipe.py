@@ -1,7 +1,9 @@
 """What one upstream is being asked for: wishes for chunks wait here, are joined into requests, and go out.
 
-    want ──► queue ──► neighbours of one moment in one request, of at most a MiB ──► came | waits | failed
+    want ──► queue ──► what is wanted in one moment in one request, of at most a MiB ──► came | waits | failed
                           demand at once, on connections of its own; startup traces on a few; what is left on two
+
+Only neighbours go into one request, until an upstream has shown that it takes others too (`Line.scattered`).
 
 Whom to ask, and what follows from what was heard, is decided elsewhere (`asking.py`). A wish that is dropped is not
 sent any more; when nothing of a request under way is wanted any more its connection is closed.
@@ -10,7 +12,7 @@ sent any more; when nothing of a request under way is wanted any more its connec
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import structlog
@@ -26,6 +28,9 @@ _LANES = {Urgency.DEMAND: "demand", Urgency.STARTUP: "startup", Urgency.PREFETCH
 _MOST = {"demand": 32, "startup": 6, "rest": 2}
 """Requests to one upstream at a time. What a sender has put into connections of the others is what demand has to get
 past; fewer for a startup trace, whose chunks are scattered, would cost a round trip for each few of them."""
+_SCATTERED, _MOST_SCATTERED = 3 << 20, 2
+"""Bytes of a startup trace in one request, and such requests, where that may be scattered: the same bytes in fewer of
+them. Each request, and each sign of life in it, costs as much as a good part of a chunk, at each link of a chain."""
 _OWN = {"demand": 8, "startup": 1, "rest": 0}
 """So many of them are for this node's own reads only."""
 _MOST_WAITING = 8
@@ -78,13 +83,13 @@ class _Request:
 
     def begins(self, chunk: int | None = None) -> None:
         self._pipe.is_waiting(self, False)
-        for wish in list(self.wishes.values()):
-            if chunk is None or chunk == wish.chunk:
-                self._pipe.asker.begins(wish, self._pipe.name)
+        sent = [wish for wish in self.wishes.values() if chunk is None or chunk == wish.chunk]
+        for wish in [*sent, *self._pipe.moves(self.lane)]:
+            self._pipe.asker.begins(wish, self._pipe.name)
 
     def waits(self) -> None:
         self._pipe.is_waiting(self, True)
-        for wish in list(self.wishes.values()):
+        for wish in [*self.wishes.values(), *self._pipe.stands(self.lane)]:
             self._pipe.asker.waits(wish, self._pipe.name)
 
     def chunk(self, chunk: int, data: bytes, frame: bytes | None) -> None:
@@ -117,6 +122,8 @@ class Pipe:
         self._running = dict.fromkeys(_MOST, 0)
         self._waiting = dict.fromkeys(_MOST, 0)
         """Those of them that wait at the upstream."""
+        self._standing: dict[str, dict[Wish, None]] = {lane: {} for lane in _MOST}
+        """Those in the queue of whom it was said that they wait."""
         self._soon: asyncio.Handle | None = None
         self._closed = False
 
@@ -167,6 +174,20 @@ class Pipe:
 
     # ---- sending
 
+    def stands(self, lane: str) -> list[Wish]:
+        """Return what stands in the queue behind requests that wait at the upstream: no later than they are."""
+        if not self._full(lane):
+            return []
+        found = [wish for wish in self._queue if _LANES[wish.urgency] == lane]
+        self._standing[lane].update(dict.fromkeys(found))
+        return found
+
+    def moves(self, lane: str) -> list[Wish]:
+        """Return those of them that still stand there, once: something comes again, and the queue will move."""
+        found = [wish for wish in self._standing[lane] if wish in self._queue]
+        self._standing[lane].clear()
+        return found
+
     def is_waiting(self, request: _Request, waiting: bool) -> None:
         """The upstream waits itself for what a request is about, or does so no more."""
         if request not in self._tasks:
@@ -197,13 +218,18 @@ class Pipe:
             if self._full(lane):
                 continue
             wishes = [wish for wish in self._queue if wish.urgency == urgency]
+            found = list(_runs(wishes))
+            if self.line.scattered:
+                found = _put_together(found, _SCATTERED if lane == "startup" else _RUN)
             # This node's own reads first: they do not wait until what its children ask for has come.
-            for run in sorted(_runs(wishes), key=_for_others):
+            for run in sorted(found, key=_for_others):
                 if self._full(lane, _OWN[lane] if _for_others(run) else 0):
                     break
                 self._send(run)
 
     def _full(self, lane: str, spare: int = 0) -> bool:
+        if lane == "startup" and self.line.scattered:
+            return self._running[lane] >= _MOST_SCATTERED - spare
         return self._running[lane] - min(self._waiting[lane], _MOST_WAITING) >= _MOST[lane] - spare
 
     def _send(self, wishes: list[Wish]) -> None:
@@ -218,14 +244,16 @@ class Pipe:
 
     async def _ask(self, request: _Request) -> None:
         wishes = list(request.wishes.values())
-        run = range(wishes[0].chunk, wishes[-1].chunk + 1)
+        chunks: Sequence[int] = sorted(request.wishes)
+        if not self.line.scattered or chunks[-1] - chunks[0] == len(chunks) - 1:
+            chunks = range(chunks[0], chunks[-1] + 1)
         hops = max(wish.hops for wish in wishes)
         loop = asyncio.get_running_loop()
         asked = loop.time()
         error: DadiError | None = None
         sends = False
         try:
-            sends = await self.line.ask(wishes[0].blob, run, wishes[0].urgency, hops, request)
+            sends = await self.line.ask(wishes[0].blob, chunks, wishes[0].urgency, hops, request)
         except DadiError as failed:
             error = failed
         except Exception as failed:  # a mistake of ours must not leave a read waiting for ever
@@ -277,3 +305,18 @@ def _runs(wishes: Iterable[Wish]) -> Iterator[list[Wish]]:
     for found in by_blob.values():
         for _, run in joined([(found[chunk].blob, chunk) for chunk in sorted(found)], _RUN):
             yield [found[chunk] for chunk in run]
+
+
+def _put_together(found: list[list[Wish]], most: int) -> list[list[Wish]]:
+    """Return runs as requests of `most` bytes at most (or one run): of one blob, all of them ours or all others'."""
+    requests: list[list[Wish]] = []
+    open_: dict[tuple[str, int, bool], list[Wish]] = {}
+    for run in found:
+        size = run[0].blob.table.chunk_size
+        key = run[0].blob.digest, size, _for_others(run)
+        request = open_.get(key)
+        if request is None or (len(request) + len(run)) * size > most:
+            request = open_[key] = []
+            requests.append(request)
+        request.extend(run)
+    return requests

@@ -6,9 +6,13 @@
     node → superpeer    leave      Leave: its id
     node → superpeer    report     peer's id and Fault, with the next join or heartbeat
 
-As JSON, by `superpeer/peers.py` and `dadi/peers/directory_client.py`; what is longer than the limits below is refused.
+    node → superpeer    group      Introduce: who it is                     →  Grouped: the mates of its rack
+    node → delegate     join, heartbeat, leave: the same messages, see `group.py`
 
-The directory itself is `superpeer/directory.py`; what a node makes of its place, `dadi/peers/choose.py`.
+As JSON, by `superpeer/peers.py` and `dadi/peers/directory_client.py`, between nodes by `dadi/peers/desk.py` and
+`dadi/peers/grouped.py`; what is longer than the limits below is refused.
+
+The directory itself is `dadi/peers/directory.py`; what a node makes of its place, `dadi/peers/choose.py`.
 """
 
 from __future__ import annotations
@@ -27,12 +31,15 @@ MAX_TOLD = 4096
 MAX_NAMED = 256
 """Peers that one message names for one reason."""
 MAX_CHILDREN = 1024
+MAX_MATES = 64
 
 Id = Annotated[str, Meta(min_length=1, max_length=128)]
 Name = Annotated[str, Meta(max_length=128)]
 Address = Annotated[str, Meta(max_length=300)]
 Digest = Annotated[str, Meta(pattern="^sha256:[0-9a-f]{64}$")]
 Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
+Proof = Annotated[str, Meta(max_length=64)]
+"""What shows that a node holds the token of a blob, to who holds it too (`group.proof`); empty where none is needed."""
 
 
 def is_loopback(address: str) -> bool:
@@ -78,6 +85,8 @@ class Peer(msgspec.Struct, frozen=True):
     zone: Name = ""
     rack: Name = ""
     slots: Annotated[int, Meta(ge=0, le=MAX_CHILDREN)] = 2
+    far: Annotated[int, Meta(ge=0, le=MAX_CHILDREN)] = 0
+    """How many nodes of other racks it takes as the root of a group, and so many less of its own; 0: as others."""
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -101,6 +110,8 @@ class Told(msgspec.Struct, frozen=True):
     parents: Annotated[tuple[Id, ...], Meta(max_length=MAX_NAMED)] = ()
     chunks: Count = 0
     complete: bool = False
+    proof: Proof = ""
+    """For delegates."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True):
@@ -126,6 +137,14 @@ class Join(msgspec.Struct, frozen=True):
     blobs: Annotated[tuple[Digest, ...], Meta(max_length=MAX_JOINED)]
     without: Annotated[tuple[Id, ...], Meta(max_length=MAX_NAMED)] = ()
     reports: Annotated[tuple[tuple[Id, Fault], ...], Meta(max_length=MAX_NAMED)] = ()
+    proof: Proof = ""
+    """For delegates: of the token that names all these blobs."""
+    orders: dict[Digest, Count] = {}
+    """For delegates: the numbers of places that the node has from others of them."""
+
+
+Proofs = dict[Digest, dict[Id, Proof]]
+"""By blob and parent: what the parents that a delegate names have shown it."""
 
 
 class Joined(msgspec.Struct, frozen=True):
@@ -133,6 +152,7 @@ class Joined(msgspec.Struct, frozen=True):
 
     places: dict[Digest, Place]
     heartbeat: Annotated[float, Meta(ge=0.1, le=3600)]
+    proofs: Proofs = {}
 
 
 class Changed(msgspec.Struct, frozen=True):
@@ -145,9 +165,29 @@ class Changed(msgspec.Struct, frozen=True):
     places: dict[Digest, Place] = {}
     heartbeat: Annotated[float, Meta(ge=0, le=3600)] = 0.0
     unproven: Annotated[tuple[Digest, ...], Meta(max_length=MAX_TOLD)] = ()
+    proofs: Proofs = {}
 
 
 class Leave(msgspec.Struct, frozen=True):
     """A node gives up everything."""
 
     id: Id
+
+
+class Introduce(msgspec.Struct, frozen=True):
+    """A node says who it is, whether or not it has joined anything. `known`: the version of the group that it knows."""
+
+    peer: Peer
+    known: Count = 0
+
+
+class Grouped(msgspec.Struct, frozen=True):
+    """A node's group: its members at the addresses that the superpeer vouches for, the node itself among them.
+
+    `mates` is None where nothing has changed since the version that the node knows, empty where it has no group.
+    `heartbeat`: as in `Joined`.
+    """
+
+    version: Count
+    heartbeat: Annotated[float, Meta(ge=0.1, le=3600)]
+    mates: Annotated[tuple[Peer, ...], Meta(max_length=MAX_MATES)] | None = None

@@ -21,7 +21,7 @@ import contextlib
 import os
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -30,9 +30,10 @@ from aiohttp import web
 
 from dadi import digest as digests
 from dadi import http
+from dadi.blobs.answering import Answer
 from dadi.blobs.chain import Chain
 from dadi.blobs.disk import DiskBlobs
-from dadi.blobs.serving import requested, send, urgency_of, write
+from dadi.blobs.serving import give, requested, urgency_of
 from dadi.blobs.single_flight import runs
 from dadi.blobs.source import Urgency
 from dadi.errors import DadiError, InvalidRequest, NotFound, Unavailable
@@ -43,7 +44,7 @@ from dadi.peers.frames import Frames, packed
 from dadi.peers.gate import OPEN, Doorman
 from dadi.peers.line import PEER, TRY, WAITING
 from dadi.peers.pressure import Pressure
-from dadi.peers.streaming import ChunkStream
+from dadi.peers.streaming import Bell, ChunkStream
 from dadi.peers.upload import Upload, child_of
 from dadi.wire import error_fields
 
@@ -128,15 +129,19 @@ class PeerServer:
         if blob is None:
             raise NotFound(f"this node has no blob {digest}")
         chunks = _whole_chunks(request, blob)
-        with self.upload.asked(_child(request), blob.table.span(chunks)[1]):
-            return await self._give(request, blob, chunks, may_fetch=known is not None)
+        urgency, hops = urgency_of(request.headers), hop_count.hops_of(request.headers.get(hop_count.HEADER))
+        if request.headers.get(stream.HEADER) != "1":
+            with self.upload.asked(_child(request), blob.table.span(chunks)[1]):
+                return await self._give(request, blob, chunks, urgency, hops, may_fetch=known is not None)
+        wanted: Sequence[int] = chunks
+        if (text := request.headers.get(stream.CHUNKS)) is not None:
+            wanted = stream.chunks_of(text, blob.table.count, max(1, _LARGEST // blob.table.chunk_size))
+        with self.upload.asked(_child(request), sum(blob.table.extent(chunk)[1] for chunk in wanted)):
+            return await self._stream(request, blob, wanted, urgency, hops, may_fetch=known is not None)
 
     async def _give(
-        self, request: web.Request, blob: Blob, chunks: range, *, may_fetch: bool
+        self, request: web.Request, blob: Blob, chunks: range, urgency: Urgency, hops: int, *, may_fetch: bool
     ) -> web.StreamResponse:
-        urgency, hops = urgency_of(request.headers), hop_count.hops_of(request.headers.get(hop_count.HEADER))
-        if request.headers.get(stream.HEADER) == "1":
-            return await self._stream(request, blob, chunks, urgency, hops, may_fetch=may_fetch)
         here, passing = await self._here(blob, chunks, urgency, hops, _child(request), may_fetch=may_fetch)
         if not here:
             self.waits += 1
@@ -153,17 +158,17 @@ class PeerServer:
         }
         if frames:
             headers["Content-Encoding"] = "zstd"
-        response = web.StreamResponse(status=206, headers=headers)
+        answer = Answer(request, 206, headers)
         wire = int(headers["Content-Length"])
         async with self.upload.sending(wire, urgency == Urgency.DEMAND):
             if frames or passing:
-                await response.prepare(request)
-                await write(request, response, b"".join(frames) or passing)
+                await answer.begin()
+                await answer.write(b"".join(frames) or passing)
             else:
-                await self._send_plain(request, response, blob, here)
+                await self._send_plain(answer, blob, here)
         self.bytes += length
         self.wire_bytes += wire
-        return response
+        return answer
 
     # ---- what is here
 
@@ -235,49 +240,48 @@ class PeerServer:
 
     # ---- a stream
 
-    async def _stream(self, request: web.Request, blob: Blob, chunks: range, urgency: Urgency, hops: int, *,
+    async def _stream(self, request: web.Request, blob: Blob, chunks: Sequence[int], urgency: Urgency, hops: int, *,
                       may_fetch: bool) -> web.StreamResponse:  # fmt: skip
-        """Send each chunk of the run as soon as it is here, and signs of life while none comes."""
-        missing = await self._store.missing(blob, chunks)
+        """Send each chunk as soon as it is here, and signs of life while none comes."""
+        missing = [chunk for run in runs(chunks) for chunk in await self._store.missing(blob, run)]
         lacks = NotFound(f"{blob} is not mounted on this node, and not all here")
-        if missing and not may_fetch and missing[0] == chunks.start:
+        if missing and not may_fetch and missing[0] == chunks[0]:
             raise lacks
         gone = set(missing)
         arrived: deque[tuple[int, asyncio.Future[bytes] | None]] = deque((c, None) for c in chunks if c not in gone)
         left = len(arrived) + (len(missing) if may_fetch else 0)
-        more = asyncio.Event()
+        more = Bell()
         if may_fetch and missing:
             self.waits += 1
 
             def came(chunk: int, fetch: asyncio.Future[bytes]) -> None:
                 arrived.append((chunk, fetch))
-                more.set()
+                more.ring()
 
             for chunk, future in self._fetch(blob, missing, urgency, hops, _child(request)).items():
                 future.add_done_callback(partial(came, chunk))
-        response = ChunkStream(request)
+        answer = ChunkStream(Answer(request, 200, stream.HEADERS, chunked=True))
         frames = bool(self._frames) and "zstd" in request.headers.get("Accept-Encoding", "")
-        await response.begin()
+        await answer.begin()
         said = False
         try:
             while left:
                 if not arrived:
-                    more.clear()
-                    if not await _set_within(more, self._until_sign(said)):
+                    if not await more.heard(self._until_sign(said)):
                         said = True
-                        await response.sign()
+                        await answer.sign()
                     continue
                 chunk, fetch = arrived.popleft()
                 left -= 1
                 data = _result(fetch) if fetch else b""
                 urgent = urgency == Urgency.DEMAND
-                await self._send_chunk(response, blob, chunk, data, frames=frames, urgent=urgent)
+                await self._send_chunk(answer, blob, chunk, data, frames=frames, urgent=urgent)
             if missing and not may_fetch:
                 raise lacks
         except DadiError as error:
-            await response.error(error, self._instead(blob.digest))
-        await response.write_eof()
-        return response
+            await answer.error(error, self._instead(blob.digest))
+        await answer.end()
+        return answer.answer
 
     def _until_sign(self, said: bool) -> float:
         """Return the seconds until a stream shows that it is alive: the first time soon, then all streams at once.
@@ -337,13 +341,13 @@ class PeerServer:
         finally:
             self._compressing -= 1
 
-    async def _send_plain(self, request: web.Request, response: web.StreamResponse, blob: Blob, run: range) -> None:
+    async def _send_plain(self, answer: Answer, blob: Blob, run: range) -> None:
         with self._store.open_device(blob) as file:
             if await self._store.missing(blob, run):
                 raise NotFound(f"{blob} is not all here any more")
             offset, length = blob.table.span(run)
-            await response.prepare(request)
-            await send(request, response, file.fd, offset, length)
+            await answer.begin()
+            await give(answer, file.fd, offset, length)
 
     def statistics(self) -> dict[str, Any]:
         """Return counts, bytes of blobs and of bodies as sent; `children`: ids of those served lately."""
@@ -352,14 +356,6 @@ class PeerServer:
             "refused": self.upload.refused, "children": sorted(self.upload.children()),
             "pressure": self.pressure.seen() or "", "frames_bytes": self._frames.bytes,
         }  # fmt: skip
-
-
-async def _set_within(event: asyncio.Event, seconds: float) -> bool:
-    try:
-        async with asyncio.timeout(seconds):
-            return await event.wait()
-    except TimeoutError:
-        return False
 
 
 def _result(fetch: asyncio.Future[bytes]) -> bytes:

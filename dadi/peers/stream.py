@@ -9,21 +9,29 @@
     5       4     length of what follows, big endian; 0 with "waits"
     9
 
-Each chunk of the run that was asked for comes once, in whatever order, unless an error ends it. Who asks says
-`Dadi-Stream: 1`; the body's type is `TYPE`, its length is not known beforehand.
+Each chunk that was asked for comes once, in whatever order, unless an error ends it. Who asks says `Dadi-Stream: 1`;
+the body's type is `TYPE`, its length is not known beforehand.
+
+Chunks that are not neighbours are asked for in one request by `Dadi-Chunks: 4-7,12,30-31`, ascending; the range is then
+that of the first neighbours among them, and who answers says `Dadi-Chunks: 1`. Without that in the answer it is about
+the range alone, and the others are to be asked for again. Nobody is asked so before he has said it once.
 """
 
 from __future__ import annotations
 
+import re
 import struct
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
-from dadi.errors import AccessDenied, DadiError, DigestMismatch, NotFound, Unavailable
+from dadi.errors import AccessDenied, DadiError, DigestMismatch, InvalidRequest, NotFound, Unavailable
 from dadi.wire import error_fields, error_in
 
-HEADER, TYPE = "Dadi-Stream", "application/vnd.dadi.chunks"
+HEADER, CHUNKS, TYPE = "Dadi-Stream", "Dadi-Chunks", "application/vnd.dadi.chunks"
+HEADERS = {"Content-Type": TYPE, CHUNKS: "1"}
+"""Of an answer."""
 WAITS, PLAIN, FRAME, ERROR = range(4)
 _HEAD = struct.Struct(">BII")
 SIZE = _HEAD.size
@@ -32,6 +40,7 @@ MAX_ERROR = 64 << 10
 SIGN_EVERY = 0.3
 """Seconds between signs of life of a peer that waits; the first comes after 0.1 s."""
 _LONGEST_RETRY = 86400.0
+_NEIGHBOURS = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", re.ASCII)
 
 
 def head(kind: int, chunk: int, length: int) -> bytes:
@@ -45,6 +54,26 @@ def parse(data: bytes) -> tuple[int, int, int]:
     if kind > ERROR or (kind == WAITS and length) or (kind == ERROR and length > MAX_ERROR):
         raise DigestMismatch(f"what came is no record of a stream of chunks: kind {kind}, {length} bytes")
     return kind, chunk, length
+
+
+def chunks_text(runs: Iterable[range]) -> str:
+    """Return the header `Dadi-Chunks` for runs of neighbours, ascending."""
+    return ",".join(f"{run.start}-{run.stop - 1}" if len(run) > 1 else str(run.start) for run in runs)
+
+
+def chunks_of(text: str, count: int, most: int) -> list[int]:
+    """Return the chunks that a header names, of a blob of `count`; raise InvalidRequest if they do not ascend."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = _NEIGHBOURS.fullmatch(part)
+        first = int(match[1]) if match else -1
+        last = int(match[2] or first) if match else -1
+        if first < 0 or last < first or last >= count or (found and first <= found[-1]):
+            raise InvalidRequest(f"{part[:40]!r} in {CHUNKS} names no chunks of the blob, or not in their order")
+        if len(found) + last - first >= most:
+            raise InvalidRequest(f"more than {most} chunks were asked for at once")
+        found.extend(range(first, last + 1))
+    return found
 
 
 def error_record(error: DadiError, instead: str = "") -> bytes:

@@ -278,7 +278,7 @@ class Tokens:
                 self._put(_Held(image, self._clock(), fresh=False))
         except FileNotFoundError:
             pass
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, DadiError) as error:
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError, DadiError) as error:
             # Not what it says: a decoder's error may quote what it read.
             self._fallbacks.note("tokens could not be read", f"{self._file}: {type(error).__name__}")
 

@@ -13,20 +13,23 @@ from dadi import http
 from dadi.errors import Malformed, TokenRefused
 from dadi.peers.superpeer import SuperpeerClient
 from dadi.prefetch import trace
-from dadi.prefetch.trace import Message
+from dadi.prefetch.trace import Given, Message
 
 T = TypeVar("T")
+RECORDINGS = "Dadi-Recordings"
+"""A header of the superpeer's answers: ENOUGH if it wants no recording of this image now, or has not taken this one."""
+ENOUGH = "enough"
 
 
 class TraceKeeper(Protocol):
     """Who keeps traces: superpeers, or the one that is embedded. All raise what superpeers say; Unavailable."""
 
-    async def fetch(self, manifest: str) -> bytes:
-        """Return the encoded trace of an image; b"" if there is none."""
+    async def fetch(self, manifest: str) -> Given:
+        """Return the encoded trace of an image, b"" if there is none; and whether this start is to be told of."""
         ...
 
-    async def send(self, message: Message) -> None:
-        """Tell what was seen."""
+    async def send(self, message: Message) -> bool:
+        """Tell what was seen; return False if there are enough recordings of these minutes without it."""
         ...
 
     async def clear(self, manifest: str) -> None:
@@ -40,10 +43,10 @@ class TraceClient:
     def __init__(self, client: SuperpeerClient) -> None:
         self._client = client
 
-    async def fetch(self, manifest: str) -> bytes:
+    async def fetch(self, manifest: str) -> Given:
         """See `TraceKeeper`."""
 
-        async def one(url: str, headers: dict[str, str]) -> bytes:
+        async def one(url: str, headers: dict[str, str]) -> Given:
             data = bytearray()
             async with http.request(
                 self._client.session, "GET", f"{url}/v1/traces", "asking for a startup trace",
@@ -53,22 +56,22 @@ class TraceClient:
                     data += piece
                     if len(data) > trace.MAX_SIZE:
                         raise Malformed(f"{url} gives a startup trace of more than {trace.MAX_SIZE} bytes")
-            return bytes(data)
+                return Given(bytes(data), response.headers.get(RECORDINGS) != ENOUGH)
 
         return await self._ask(manifest, one)
 
-    async def send(self, message: Message) -> None:
+    async def send(self, message: Message) -> bool:
         """See `TraceKeeper`."""
         body = trace.encode(message)
 
-        async def one(url: str, headers: dict[str, str]) -> None:
+        async def one(url: str, headers: dict[str, str]) -> bool:
             what = "telling a startup trace"
             async with http.request(
                 self._client.session, "POST", f"{url}/v1/traces", what, data=body, headers=headers
-            ):
-                return
+            ) as response:
+                return response.headers.get(RECORDINGS) != ENOUGH
 
-        await self._ask(message.manifest, one)
+        return await self._ask(message.manifest, one)
 
     async def clear(self, manifest: str) -> None:
         """See `TraceKeeper`."""

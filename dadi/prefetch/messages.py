@@ -6,11 +6,15 @@
     GET  /v1/prefetch/{id}                  → Job
     GET  /v1/prefetch/{id}?follow=1         events: {"event": "job", …Job} whenever it has changed, until it is over
     POST /v1/prefetch/{id}/cancel|retry     → Job
-    GET  /v1/prefetch/wanted?node=ID&zone=Z&rack=R              → Wishes: what this node is asked to bring
+    GET  /v1/prefetch/wanted?node=ID&zone=Z&rack=R&have=JOB,…   → Wishes: what this node is asked to bring; `have`: what
+                                                            it keeps for pinned jobs, and is not asked for again;
+                                                            with ?registry=HOST also private images of HOST
     POST /v1/prefetch/{id}/nodes            NodeReport → {}     what has become of that
     GET  /v1/prefetch/verify?reference=R&platform=P&scope=S     → Readiness
 
-Times are seconds since 1970, 0 for none; sizes are bytes, rates bytes per second, 0 for no limit.
+Times are seconds since 1970, 0 for none; sizes are bytes, rates bytes per second, 0 for no limit. To begin, cancel or
+retry a job one must be an operator: OPERATOR is the header that proves it (`superpeer/jobs_operators.py`). Credentials
+for the registry (`dadi/peers/shown.py`) that come with a request are the job's for as long as it runs.
 """
 
 from __future__ import annotations
@@ -34,6 +38,10 @@ _Time = Annotated[float, Meta(ge=0, le=1e11)]
 _Rate = Annotated[float, Meta(ge=0, le=1e15)]
 LOWEST, USUAL, HIGHEST = 0, 5, 9
 MOST_WISHES = 64
+MOST_HELD = 256
+"""Pinned jobs of which a node tells that it has them."""
+OPERATOR = "Dadi-Operator"
+"""The header that shows an operator's token."""
 MOST_LACKING = 1000
 """Rows of what is missing that are told; the count is of all."""
 
@@ -42,7 +50,8 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is wanted. `nodes` as in `nodes.py`; "" for none.
 
     `rate`: of what comes from the registry, all superpeers of the datacenter together. `priority`: the higher goes
-    first. `manifest`: what a sibling has found the reference to be; then that is warmed and nothing else.
+    first. `manifest`: what a sibling has found the reference to be; then that is warmed and nothing else. `batch`: jobs
+    that share their rate, as they were asked for together. `node_rate`: what each node may take.
     """
 
     reference: _Text
@@ -55,6 +64,15 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pin_until: _Time = 0.0
     nodes: Annotated[str, Meta(max_length=500)] = ""
     manifest: Annotated[str, Meta(pattern="^(sha256:[0-9a-f]{64})?$")] = ""
+    batch: Annotated[str, Meta(max_length=64)] = ""
+    node_rate: _Rate = 0.0
+
+
+class Pin(msgspec.Struct, frozen=True):
+    """An image that a job keeps from eviction `until` a time, whatever the reference leads to by then."""
+
+    manifest: str
+    until: float
 
 
 class Lacking(msgspec.Struct, frozen=True):
@@ -78,7 +96,8 @@ class Readiness(msgspec.Struct, frozen=True):
     """What one superpeer has of its share of an image. `registry_requests`: how many a start would need, at least.
 
     `superpeers` are all of the datacenter, as this one knows them; `url` is its own name among them ("" if it is
-    alone). `chunks` and `size` are of the scope here; `note` says where the scope is not what its name promises.
+    alone). `chunks` and `size` are of the scope here; `proven` is the scope that they are of: "full" where "startup"
+    was asked for and no trace is known, which `note` says.
     """
 
     reference: str
@@ -92,6 +111,7 @@ class Readiness(msgspec.Struct, frozen=True):
     registry_requests: int
     lacking: tuple[Lacking, ...] = ()
     note: str = ""
+    proven: str = ""
 
     @property
     def ready(self) -> bool:
@@ -105,7 +125,9 @@ class Job(msgspec.Struct):
     `top_digest`: what the reference itself leads to, by the registry, when it was `resolved`.
     `total` and `done`: bytes of layers in this superpeer's share of the scope; `registry`: bytes that all of the image
     costs the registry, as estimated when it was resolved. `nodes`: how many have told what. `tries`: how often it was
-    begun anew by itself.
+    begun anew by itself; `failing`: since when nothing has come of that, `patience`: until when it is tried.
+    `proven`: the scope that was warmed ("full" for "startup" without a trace). `private`: credentials were given for
+    it, which a restart forgets; `needs_credentials`: it failed for want of any.
     """
 
     id: str
@@ -126,6 +148,12 @@ class Job(msgspec.Struct):
     error: dict[str, Any] | None = None
     lacking: list[Lacking] = []
     nodes: dict[str, int] = {}
+    failing: float = 0.0
+    patience: float = 0.0
+    proven: str = ""
+    private: bool = False
+    needs_credentials: bool = False
+    pins: list[Pin] = []
 
     def failure(self) -> DadiError | None:
         """Return why it has failed."""
@@ -139,19 +167,30 @@ class Job(msgspec.Struct):
 
 
 class Wish(msgspec.Struct, frozen=True):
-    """What a node is to bring: an image by its digest; of its layers all, or runs [first, last + 1] of `chunks`."""
+    """What a node is to bring: an image by its digest; of its layers all, or runs [first, last + 1] of `chunks`.
+
+    No faster than `rate`; it is not to be evicted before `pin_until`.
+    """
 
     job: Annotated[str, Meta(max_length=64)]
     reference: _Text
     platform: Annotated[str, Meta(max_length=100)]
     chunks: dict[str, tuple[tuple[int, int], ...]] | None = None
+    rate: _Rate = 0.0
+    pin_until: _Time = 0.0
 
 
 class Wishes(msgspec.Struct, frozen=True):
-    """All that a superpeer asks a node for; `again`: seconds after which the node is to come again."""
+    """All that a superpeer asks a node for; `again`: seconds after which the node is to come again.
+
+    `pinned`: of what the node said it has, what is to be kept still. `registries`: of which there are images that the
+    node was not told of, for want of credentials for them.
+    """
 
     wishes: Annotated[tuple[Wish, ...], Meta(max_length=MOST_WISHES)] = ()
     again: Annotated[float, Meta(ge=1, le=3600)] = 15.0
+    pinned: Annotated[tuple[str, ...], Meta(max_length=MOST_HELD)] = ()
+    registries: Annotated[tuple[_Text, ...], Meta(max_length=MOST_WISHES)] = ()
 
 
 class NodeReport(msgspec.Struct, frozen=True):
@@ -178,17 +217,27 @@ def job_id(request: Request) -> str:
 def joined(old: Request, new: Request) -> Request:
     """Return what a job under way is to do when it is asked for once more: what the new request says, and no less.
 
-    The higher priority, the later end of the pin; rate, deadline and nodes are the new one's if it names them.
+    The higher priority, the later end of the pin; rates, deadline and nodes are the new one's if it names them. The
+    batch stays: its rate is changed.
     """
     return msgspec.structs.replace(
         old,
         priority=max(old.priority, new.priority),
         pin_until=max(old.pin_until, new.pin_until),
         rate=new.rate or old.rate,
+        node_rate=new.node_rate or old.node_rate,
         deadline=new.deadline or old.deadline,
         at=min(old.at, new.at),
         nodes=new.nodes or old.nodes,
     )
+
+
+def patience(request: Request, since: float, usual: float) -> float:
+    """Return until when a job that fails `since` a time for want of somebody who is away is begun anew.
+
+    Until its deadline; without one for the `usual` seconds from then, or from when it was to begin.
+    """
+    return request.deadline or max(since, request.at) + usual
 
 
 def decode_request(data: bytes | bytearray) -> Request:

@@ -8,7 +8,8 @@
               ends when no chunk was read for the first time in the last `quiet` seconds, or after `longest`
 
 What our process does not serve it does not see: reads of devices that are plain local files, and what is in the
-kernel's page cache already. So only blobs are watched that nothing on this node had in use before (`Recording.blobs`).
+kernel's page cache already. So only blobs are watched that nothing on this node had in use before (`Recording.blobs`);
+and one that becomes local in the middle, as backfill has completed it, was watched in part (`Recording.partial`).
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class Window:
         self.chunks: dict[Chunk, int] = {}
         self.closed = asyncio.Event()
         self.had_device = False
+        self.partial: set[str] = set()
+        """Blobs whose device is local by now."""
         self._opened = now
         self._first = self._last = now
 
@@ -67,16 +70,25 @@ class Window:
         blobs = sorted(self.blobs)
         places = {digest: place for place, digest in enumerate(blobs)}
         sizes = tuple((digest, self.blobs[digest].table.chunk_size) for digest in blobs)
-        return Recording(node, sizes, tuple((places[digest], chunk, at) for (digest, chunk), at in self.chunks.items()))
+        steps = tuple((places[digest], chunk, at) for (digest, chunk), at in self.chunks.items())
+        return Recording(node, sizes, steps, tuple(sorted(places[digest] for digest in self.partial)))
+
+    @property
+    def watched(self) -> set[str]:
+        """The blobs that were watched to the end."""
+        return set(self.blobs) - self.partial
 
 
 class Recorder:
     """All windows of a node. See the head of this file; times are seconds of `clock`."""
 
-    def __init__(self, touched: Touched, *, quiet: float = 2.0, longest: float = 30.0,
+    def __init__(self, touched: Touched, *, is_local: Callable[[str], bool] = lambda digest: False,
+                 quiet: float = 2.0, longest: float = 30.0,
                  clock: Callable[[], float] = time.monotonic,
                  sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:  # fmt: skip
+        """`is_local`: whether a blob's device is a plain local file now."""
         self._touched = touched
+        self._is_local = is_local
         self._quiet = quiet
         self._longest = longest
         self._clock = clock
@@ -121,6 +133,9 @@ class Recorder:
         for digest, windows in self._by_blob.items():
             flags = self._touched(digest)
             if flags is None:
+                for window in windows:
+                    if digest not in window.partial and self._is_local(digest):
+                        window.partial.add(digest)
                 continue
             watched.update(windows)
             at = flags.find(1)

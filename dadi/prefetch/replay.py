@@ -7,13 +7,17 @@ Which group (entry point) it is shows in what is read meanwhile: from the first 
 that one is fetched. A read of the kernel goes its own way, as demand, and joins what is in flight for it already; the
 window is never longer than what `_FLIGHTS` requests can hold, so that nothing waits behind a queue of ours.
 
+All replays of a node share a rate, if there is one (`trace.rate`): a run waits until it may go. A read that comes to
+it before it was asked for does not wait for that.
+
 A trace may be wrong: chunks that the image does not have are left out, and what fails is left to who reads it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
 from dadi.blobs.chain import Chain
 from dadi.blobs.single_flight import runs
@@ -22,6 +26,7 @@ from dadi.blobs.store import BlobStore
 from dadi.errors import DadiError, StoreFull
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
+from dadi.prefetch.rate import Bucket
 from dadi.prefetch.trace import Chunk, Group, Report, Trace
 
 _RUN = 1 << 20
@@ -35,13 +40,19 @@ class Replay:
     """One replay. `blobs`: those of the image, by digest; `seen`: what the container has read so far."""
 
     def __init__(self, trace: Trace, name: str, blobs: Mapping[str, Blob], store: BlobStore, chain: Chain,
-                 fallbacks: Fallbacks, *, seen: Callable[[], Collection[Chunk]] = tuple) -> None:  # fmt: skip
+                 fallbacks: Fallbacks, *, seen: Callable[[], Collection[Chunk]] = tuple, bucket: Bucket | None = None,
+                 clock: Callable[[], float] = time.monotonic,
+                 sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:  # fmt: skip
+        """`bucket`: bytes a second, of `clock`."""
         self.name = name
         self._blobs = blobs
         self._store = store
         self._chain = chain
         self._fallbacks = fallbacks
         self._seen = seen
+        self._bucket = bucket
+        self._clock = clock
+        self._sleep = sleep
         self._groups = [self._fitting(trace, group) for group in trace.groups]
         everywhere = set.intersection(*map(set, self._groups)) if self._groups else set()
         self._common = [chunk for chunk in self._groups[0] if chunk in everywhere] if self._groups else []
@@ -72,6 +83,8 @@ class Replay:
                 self.taken.update(dict.fromkeys(following))
                 for blob, run in await self._missing(following):
                     await self._slots.acquire()
+                    if self._bucket is not None and (wait := self._bucket.take(blob.table.span(run)[1], self._clock())):
+                        await self._sleep(wait)
                     tasks.create_task(self._fetch(blob, run))
 
     def _next(self, most: int) -> list[Chunk]:
@@ -131,4 +144,5 @@ class Replay:
     def report(self, seen: Collection[Chunk], watched: Collection[str]) -> Report:
         """Return how good the trace was, by what was read of the blobs that were watched."""
         chunks = [chunk for chunk in self.taken if chunk[0] in watched]
-        return Report(self.name, len(chunks), sum(chunk in seen for chunk in chunks), len(seen))
+        read = sum(chunk[0] in watched for chunk in seen)
+        return Report(self.name, len(chunks), sum(chunk in seen for chunk in chunks), read)

@@ -4,6 +4,8 @@
     trace       what the superpeer makes of the recordings of several nodes, and hands out with the image. Starts that
                 read other things (another entry point) are another *group*; the most frequent group comes first
     message     what a node sends: a recording, a report on the trace that it replayed, or both
+    borrowed    recordings made of a trace that was pushed beside the image (`trace_artifact.py`): where it is known how
+                the image starts here, they go
 
     bytes        what
     0..7         magic: "DADITRC1" a trace, "DADIREC1" a message, "DADITRK1" what a superpeer keeps of an image
@@ -15,14 +17,17 @@ have the image: a trace that is wrong costs bandwidth, and what breaks a limit i
     merging     recordings whose sets of chunks are alike (Jaccard index ≥ `ALIKE`, over the blobs that both nodes could
                 watch) are a group; of three and more, chunks that only one has are left out; the order is by the median
                 place, later the fewer have the chunk
+    watching    a node sees only reads that pass through it. Of blobs that it could not watch, or not to the end, it
+                says what it saw; that it did not see a chunk of them says nothing
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median_low
-from typing import Annotated, TypeVar
+from typing import Annotated, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -41,6 +46,9 @@ MOST_RECORDINGS = 24
 MOST_REPORTS = 16
 MAX_SIZE = 1 << 20
 """Bytes of a message or a trace."""
+BORROWED = "registry-"
+"""What the `node` of recordings begins with that were not seen here: they came with a trace from the registry."""
+_ENOUGH_OWN = 3
 _MAGIC_TRACE, _MAGIC_MESSAGE, _MAGIC_KEPT = b"DADITRC1", b"DADIREC1", b"DADITRK1"
 
 _Count = Annotated[int, Meta(ge=0, lt=1 << 32)]
@@ -53,15 +61,23 @@ Chunk = tuple[str, int]
 
 
 class Recording(msgspec.Struct, frozen=True, array_like=True):
-    """One start on the node `node`. `blobs`: those that it could watch (with their chunk sizes), read or not."""
+    """One start on the node `node`. `blobs`: those that it could watch (with their chunk sizes), read or not.
+
+    `partial`: places of those in `blobs` that could be watched at first only: what is not in `steps` was perhaps read.
+    """
 
     node: _Name
     blobs: _Blobs
     steps: _Steps
+    partial: Annotated[tuple[_Count, ...], Meta(max_length=MAX_LAYERS)] = ()
 
     def chunks(self) -> list[Chunk]:
         """Return the chunks in order."""
         return [(self.blobs[blob][0], chunk) for blob, chunk, _ in self.steps]
+
+    def watched(self) -> set[str]:
+        """Return the digests of the blobs of which all that was read is in `steps`."""
+        return {digest for place, (digest, _) in enumerate(self.blobs) if place not in self.partial}
 
 
 class Report(msgspec.Struct, frozen=True, array_like=True):
@@ -110,6 +126,13 @@ class Kept(msgspec.Struct, frozen=True, array_like=True):
     dropped: _Count = 0
 
 
+class Given(NamedTuple):
+    """What a node gets when it asks. `data`: an encoded trace, or b""; `wanted`: whether to tell what it will see."""
+
+    data: bytes
+    wanted: bool
+
+
 T = TypeVar("T", Trace, Message, Kept)
 _encoder = msgspec.msgpack.Encoder()
 
@@ -136,9 +159,9 @@ def check(thing: T) -> T:
     if isinstance(thing, Trace):
         parts: list[tuple[_Blobs, _Steps]] = [(thing.blobs, ()), *((thing.blobs, g.steps) for g in thing.groups)]
     elif isinstance(thing, Kept):
-        parts = [(recording.blobs, recording.steps) for recording in thing.recordings]
+        parts = [_parts(recording) for recording in thing.recordings]
     else:
-        parts = [(thing.recording.blobs, thing.recording.steps)] if thing.recording else []
+        parts = [_parts(thing.recording)] if thing.recording else []
     for blobs, steps in parts:
         if any(blob >= len(blobs) for blob, _, _ in steps):
             raise Malformed("a startup trace with a step in a blob that it does not name")
@@ -147,6 +170,12 @@ def check(thing: T) -> T:
         if len({digest for digest, _ in blobs}) != len(blobs):
             raise Malformed("a startup trace that names a blob twice")
     return thing
+
+
+def _parts(recording: Recording) -> tuple[_Blobs, _Steps]:
+    if any(place >= len(recording.blobs) for place in recording.partial):
+        raise Malformed("a startup recording of a blob that it does not name")
+    return recording.blobs, recording.steps
 
 
 def _magic(kind: type[Trace | Message | Kept]) -> bytes:
@@ -181,15 +210,55 @@ def ratio(reports: Iterable[Report]) -> float | None:
 
 
 def added(kept: Kept, recording: Recording) -> Kept:
-    """Return what is kept, with one more recording; of each node and group the newest stays, and so many in all."""
+    """Return what is kept, with one more recording; of each node and group the newest stays, and so many in all.
+
+    What was borrowed of a group goes when there are `_ENOUGH_OWN` starts of our own that are like it. What a node could
+    not watch this time stays as it saw it before, and what few could watch stays when a group is full.
+    """
     groups = _grouped([recording, *kept.recordings])
     mine = next(group for group in groups if any(each is recording for each in group))
     others = [each for each in mine if each is not recording]
     gone = {id(each) for each in others if each.node == recording.node}
     fresh = [each for each in kept.recordings if any(each is other for other in others) and id(each) not in gone]
-    gone |= {id(each) for each in fresh[: max(0, len(fresh) - MOST_IN_GROUP + 1)]}
+    borrowed = {id(each) for each in mine if is_borrowed(each)}
+    for each in reversed(kept.recordings):
+        if id(each) in gone:
+            recording = _completed(recording, each)
+    while len(fresh) >= MOST_IN_GROUP:
+        gone.add(id(out := _least(fresh, recording)))
+        fresh = [each for each in fresh if each is not out]
+    if len(mine) - len(borrowed) >= _ENOUGH_OWN:
+        gone |= borrowed
     left = [each for each in kept.recordings if id(each) not in gone]
     return msgspec.structs.replace(kept, recordings=(*left, recording)[-MOST_RECORDINGS:])
+
+
+def _completed(recording: Recording, older: Recording) -> Recording:
+    """Return a recording, with what an older one of the same node and way to start says of blobs it did not watch."""
+    added = older.watched() - recording.watched()
+    blobs = tuple(sorted({pair for pair in older.blobs if pair[0] in added} | set(recording.blobs)))
+    if not added or len(blobs) > MAX_LAYERS or len(dict(blobs)) < len(blobs):  # or in chunks of two sizes
+        return recording
+    places = {digest: place for place, (digest, _) in enumerate(blobs)}
+    before = {chunk: step[2] for chunk, step in zip(older.chunks(), older.steps, strict=True)}
+    news = [(chunk, step[2]) for chunk, step in zip(recording.chunks(), recording.steps, strict=True)]
+    # Its clock began with the first read that it saw; which was not the first one of all.
+    late = next((at - seen for chunk, seen in news if (at := before.get(chunk)) is not None), 0)
+    rows = [(chunk, at) for chunk, at in before.items() if chunk[0] in added]
+    rows += [(chunk, max(0, at + late)) for chunk, at in news if chunk[0] not in added]
+    rows.sort(key=lambda row: row[1])
+    steps = tuple((places[digest], chunk, at) for (digest, chunk), at in rows[:MOST_STEPS])
+    whole = recording.watched() | added
+    return Recording(recording.node, blobs, steps, tuple(places[each] for each, _ in blobs if each not in whole))
+
+
+def _least(group: Sequence[Recording], new: Recording) -> Recording:
+    """Return the recording, of those (the oldest first) that are to stay beside a new one, that is needed least."""
+    watchers = Counter(digest for each in (*group, new) for digest in each.watched())
+    for each in group:
+        if all(watchers[digest] > MOST_IN_GROUP // 2 for digest in each.watched()):
+            return each
+    return min(group, key=lambda each: len(each.watched()))
 
 
 def merged(kept: Kept) -> Trace | None:
@@ -199,49 +268,81 @@ def merged(kept: Kept) -> Trace | None:
     if len(places) != len(blobs) or len(blobs) > MAX_LAYERS:
         # Nodes that had the image in chunks of two sizes: of the last one is what counts.
         return merged(msgspec.structs.replace(kept, recordings=kept.recordings[-1:]))
-    groups = [_group(group, places) for group in _grouped(kept.recordings)]
-    groups = sorted((group for group in groups if group.steps), key=lambda group: (-group.recordings, group.steps))
-    return Trace(kept.manifest, tuple(blobs), tuple(groups[:MOST_GROUPS])) if groups else None
+    # What was seen here comes before what somebody else says.
+    groups = [(all(map(is_borrowed, group)), _group(group, places)) for group in _grouped(kept.recordings)]
+    order = sorted((found for found in groups if found[1].steps), key=lambda f: (f[0], -f[1].recordings, f[1].steps))
+    return Trace(kept.manifest, tuple(blobs), tuple(group for _, group in order[:MOST_GROUPS])) if order else None
+
+
+def borrowed(found: Trace) -> list[Recording]:
+    """Return what would have given a trace that is not of our own learning: a recording for each of its groups."""
+    return [Recording(f"{BORROWED}{place}", found.blobs, group.steps) for place, group in enumerate(found.groups)]
+
+
+def is_borrowed(recording: Recording) -> bool:
+    """Say whether it came with a trace from the registry."""
+    return recording.node.startswith(BORROWED)
+
+
+class _Seen(NamedTuple):
+    recording: Recording
+    chunks: set[Chunk]
+    watched: set[str]
+    partial: set[str]
 
 
 def _grouped(recordings: Sequence[Recording]) -> list[list[Recording]]:
     """Return recordings in groups of those that are alike; whatever the order they came in, the groups are the same."""
-    groups: list[list[tuple[Recording, set[Chunk], set[str]]]] = []
+    groups: list[list[_Seen]] = []
     for recording in sorted(recordings, key=lambda each: (-len(each.steps), each.steps, each.node)):
-        chunks, watched = set(recording.chunks()), {digest for digest, _ in recording.blobs}
+        watched = recording.watched()
+        this = _Seen(recording, set(recording.chunks()), watched, {digest for digest, _ in recording.blobs} - watched)
         best, at = ALIKE, -1
         for place, group in enumerate(groups):
-            alike = sum(_alike(chunks, watched, other, seen) for _, other, seen in group) / len(group)
+            alike = sum(_alike(this, other) for other in group) / len(group)
             if alike > best or (alike == best and at < 0):
                 best, at = alike, place
         if at < 0:
             groups.append([])
-        groups[at].append((recording, chunks, watched))
-    return [[recording for recording, _, _ in group] for group in groups]
+        groups[at].append(this)
+    return [[seen.recording for seen in group] for group in groups]
 
 
-def _alike(chunks: set[Chunk], watched: set[str], other: set[Chunk], seen: set[str]) -> float:
-    if watched != seen:
-        both = watched & seen
-        chunks, other = ({chunk for chunk in each if chunk[0] in both} for each in (chunks, other))
-    union = len(chunks | other)
-    return len(chunks & other) / union if union else 1.0
+def _alike(one: _Seen, other: _Seen) -> float:
+    """Return how alike two starts are: in the blobs that both watched, and what was seen of those watched in part."""
+    if one.watched == other.watched and not one.partial and not other.partial:
+        same, union = len(one.chunks & other.chunks), len(one.chunks | other.chunks)
+        return same / union if union else 1.0
+    both = one.watched & other.watched
+    mine, others = ({chunk for chunk in each.chunks if chunk[0] in both} for each in (one, other))
+    same, union = len(mine & others), len(mine | others)
+    for short, whole in ((one, other), (other, one)):
+        begun = short.partial & whole.watched
+        seen = {chunk for chunk in short.chunks if chunk[0] in begun}
+        same, union = same + len(seen & whole.chunks), union + len(seen)
+    return same / union if union else 1.0
 
 
 def _group(recordings: Sequence[Recording], places: Mapping[str, int]) -> Group:
-    seen: dict[Chunk, list[tuple[int, int]]] = {}
-    watched: dict[str, int] = {}
+    seen: dict[Chunk, list[tuple[int, int, int]]] = {}
+    watchers: Counter[str] = Counter()
+    unsure: Counter[Chunk] = Counter()
     for recording in recordings:
-        for digest, _ in recording.blobs:
-            watched[digest] = watched.get(digest, 0) + 1
+        watched = recording.watched()
+        watchers.update(watched)
         for place, (key, step) in enumerate(zip(recording.chunks(), recording.steps, strict=True)):
-            seen.setdefault(key, []).append((place, step[2]))
+            seen.setdefault(key, []).append((len(watched), place, step[2]))
+            unsure[key] += key[0] not in watched
     rows = []
-    for (digest, chunk), found in seen.items():
-        of = watched[digest]
+    for key, found in seen.items():
+        # Who could not watch a blob to the end has a say in what it saw of it, and none in what it did not see.
+        of = watchers[key[0]] + unsure[key]
         if of >= 3 and (len(found) == 1 or 4 * len(found) < of):
             continue
-        rank, at = median_low([rank for rank, _ in found]), median_low([at for _, at in found])
-        rows.append(((rank + 4) * of // len(found), places[digest], chunk, at))
+        # A rank among few blobs is no rank among all.
+        most = max(width for width, _, _ in found)
+        rank = median_low([rank for width, rank, _ in found if width == most])
+        at = median_low([at for width, _, at in found if width == most])
+        rows.append(((rank + 4) * of // len(found), places[key[0]], key[1], at))
     rows.sort()
     return Group(len(recordings), tuple((blob, chunk, at) for _, blob, chunk, at in rows[:MOST_STEPS]))

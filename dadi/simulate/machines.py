@@ -1,5 +1,7 @@
 """The machines of a simulation: their links, what they have, and what they do when a run is asked of them.
 
+Each has one processor for the joins, heartbeats and reports that it answers, be it as a superpeer or as a delegate.
+
 A link sends one run after the other at its full rate, demand before bulk (first in, first out otherwise): a run is
 passed on when it is whole. That is what a program does that serves chunks; links shared fairly by all transfers end at
 the same moment for the last child, and later for the first. Receiving links are never faster than their rate either.
@@ -40,6 +42,8 @@ class Machine:
         self._bulk: deque[tuple[Machine, int]] = deque()
         self._sending = False
         self._receiving_until = 0.0
+        self.busy_seconds = 0.0
+        self._busy_until = 0.0
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name})"
@@ -123,6 +127,13 @@ class Machine:
         """A run has come in from `by`, which could have begun to send it at `since`."""
         raise NotImplementedError
 
+    def work(self, pieces: int = 1) -> float:
+        """Queue up for the processor with joins, heartbeats or reports; returns when this work is done."""
+        seconds = pieces * self.world.join_time
+        self._busy_until = max(self._busy_until, self.world.events.now) + seconds
+        self.busy_seconds += seconds
+        return self._busy_until
+
     def die(self) -> None:
         """Go silent, for good."""
         self.alive = False
@@ -143,14 +154,12 @@ class Registry(Machine):
 
 
 class Superpeer(Machine):
-    """It takes each run from the registry once, and has one processor for joins, heartbeats and reports."""
+    """It takes each run from the registry once."""
 
     def __init__(self, world: World, name: str, rate: float) -> None:
         super().__init__(world, name, None, rate, rate)
         self.fetched_bytes = 0
-        self.busy_seconds = 0.0
         self._fetching: set[int] = set()
-        self._busy_until = 0.0
 
     def need(self, run: int, urgent: bool, hops: int) -> None:
         events, registry = self.world.events, self.world.registry
@@ -165,9 +174,3 @@ class Superpeer(Machine):
             self._fetching.discard(run)
             self.fetched_bytes += self.world.sizes[run]
             self.obtained(run)
-
-    def work(self) -> float:
-        """Queue up for the processor; returns when this piece of work is done."""
-        self._busy_until = max(self._busy_until, self.world.events.now) + self.world.join_time
-        self.busy_seconds += self.world.join_time
-        return self._busy_until

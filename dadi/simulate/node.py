@@ -1,15 +1,20 @@
 """A node of a simulation: asks, hedges and joins by the code of `dadi/peers`, reads as its program does.
 
 What it does for real: `Chooser` and `Health` decide whom to ask, when to hedge and whom to leave; what they say goes
-to the directory. What is left out: the bytes, the sockets, and that a peer which waits says so in a message (it is
-looked up, no sooner than that message could have come).
+to the directory; `Group` says which delegates are asked for a place, and what of their answer is used. What is left
+out: the bytes, the sockets, and that a peer which waits says so in a message (it is looked up, no sooner than that
+message could have come).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from dadi.peers import group as groups
 from dadi.peers.choose import Ask, Chooser
+from dadi.peers.directory import Directory
+from dadi.peers.group import Group
 from dadi.peers.health import Health
 from dadi.peers.places import Heartbeat, Peer, Place, Told
 from dadi.simulate.machines import NEVER, Machine, Superpeer
@@ -22,6 +27,8 @@ _AGAIN = 0.05
 _NO_ANSWER = 1.0
 """Seconds after which a superpeer that says nothing to a join is given up."""
 _LEFT_ALONE = 60.0
+_PATIENCE = 0.15
+"""Seconds that a delegate has to answer (`dadi/peers/grouped.py`)."""
 
 
 class Node(Machine):
@@ -48,53 +55,129 @@ class Node(Machine):
         self._timer = NEVER
         self._drops = 0
         self._joining: set[int] = set()
+        self._unplaced: dict[int, tuple[bool, int]] = {}
+        """Runs that others want, of layers that we have no place for yet: urgently?, hops."""
+        self.group = Group()
 
     # ── joining ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def start(self) -> None:
         """Join the blobs, at the same moment as everybody else; then read."""
-        for layer in range(len(self.choosers)):
-            self._join(layer)
+        self._join(range(len(self.choosers)))
         self._read_on()
 
-    def _join(self, layer: int) -> None:
-        """Ask the directory for a (better) place; the superpeer that stands in hears first what we have."""
+    def introduce(self) -> None:
+        """Say who we are, as a node does with each heartbeat, whatever it has joined."""
         world = self.world
-        if layer in self._joining or not self.alive:
+        if self.alive:
+            first = next((superpeer for superpeer in world.superpeers.values() if superpeer.alive), None)
+            if first is not None:
+                first.work()
+            world.events.at(world.events.now + world.heartbeat, self.introduce)
+
+    def _join(self, layers: Iterable[int]) -> None:
+        """Ask for (better) places: delegates, or the superpeer where there are none or the place is its own."""
+        blobs = self.world.blobs
+        new = [layer for layer in layers if layer not in self._joining]
+        if not new or not self.alive:
             return
-        self._joining.add(layer)
-        to = self._superpeer(layer)
-        world.events.at(world.events.now + world.latency, self._join_arrives, to, layer)
+        self._joining.update(new)
+        self.group.expect(blobs[layer] for layer in new)
+        asked: dict[tuple[str, ...], list[int]] = {}
+        for layer in new:
+            outer = self.group.has_outer_place(blobs[layer])
+            asked.setdefault(() if outer else self.group.delegates(blobs[layer]), []).append(layer)
+        for delegates, some in asked.items():
+            self._ask_delegates(delegates, some)
 
-    def _join_arrives(self, to: Superpeer, layer: int) -> None:
-        if to.alive:
-            self.world.events.at(to.work(), self._join_served, to, layer)
+    def _ask_delegates(self, delegates: Sequence[str], layers: list[int]) -> None:
+        world = self.world
+        now = world.events.now
+        if not self.alive:
+            return
+        unwanted = self.health.unwanted(now)
+        wanted = [delegate for delegate in delegates if delegate not in unwanted]
+        if wanted:
+            to, way = world.machines[wanted[0]], 0.0 if wanted[0] == self.name else world.latency
+            world.events.at(now + way, self._delegate_asked, to, wanted[1:], layers, now, way)
         else:
-            self.world.events.at(self.world.events.now + _NO_ANSWER, self._join_failed, to, layer)
+            self._ask_superpeers(layers)
 
-    def _join_served(self, to: Superpeer, layer: int) -> None:
+    def _delegate_asked(self, to: Machine, others: list[str], layers: list[int], since: float, way: float) -> None:
+        events = self.world.events
+        done = to.work(len(layers)) if to.alive else NEVER
+        if done + way > since + _PATIENCE:
+            self.health.busy(to.name, 1.0, since + _PATIENCE)
+            events.at(since + _PATIENCE, self._ask_delegates, others, layers)
+        else:
+            events.at(done, self._delegate_serves, to, layers, way)
+
+    def _delegate_serves(self, to: Machine, layers: list[int], way: float) -> None:
+        world = self.world
+        now, directory = world.events.now, world.desk(to.name)
+        outer = []
+        self._report(directory)
+        for layer in layers:
+            blob = world.blobs[layer]
+            peer, order, unwanted = groups.outward(self.peer), self.group.order(blob), self.health.unwanted(now)
+            place = directory.join(peer, blob, world.unix(now), unwanted, order)
+            believed = self.group.believed(place, {}, lambda peer, shown: True)
+            if believed is None:
+                outer.append(layer)
+            else:
+                self.group.took(blob, to.name, place.order)
+                world.events.at(now + way, self._joined, layer, believed)
+        if outer:
+            world.events.at(now + way, self._ask_superpeers, outer)
+
+    def _ask_superpeers(self, layers: list[int]) -> None:
+        world = self.world
+        if not self.alive:
+            return
+        asked: dict[Superpeer, list[int]] = {}
+        for layer in layers:
+            asked.setdefault(self._superpeer(layer), []).append(layer)
+        for to, some in asked.items():
+            world.events.at(world.events.now + world.latency, self._join_arrives, to, some)
+
+    def _join_arrives(self, to: Superpeer, layers: list[int]) -> None:
+        if to.alive:
+            self.world.events.at(to.work(len(layers)), self._join_served, to, layers)
+        else:
+            self.world.events.at(self.world.events.now + _NO_ANSWER, self._join_failed, to, layers)
+
+    def _join_served(self, to: Superpeer, layers: list[int]) -> None:
+        """Take the places; a superpeer that stands in hears first what we have."""
         world = self.world
         now, directory = world.events.now, world.directories[to.name]
-        for about, fault in self.health.reports():
-            directory.report(self.name, about, fault, world.unix(now))
-        if self.places[layer] is not None:
-            directory.heartbeat(self._heartbeat(to), world.unix(now))
-        place = directory.join(self.peer, world.blobs[layer], world.unix(now), self.health.unwanted(now))
-        world.events.at(now + world.latency, self._joined, layer, place)
+        self._report(directory)
+        if any(self.group.has_outer_place(world.blobs[layer]) for layer in layers):
+            directory.heartbeat(self._heartbeat(self._at(to)), world.unix(now))
+        peer = groups.outward(self.peer) if self.group.stands else self.peer
+        for layer in layers:
+            place = directory.join(peer, world.blobs[layer], world.unix(now), self.health.unwanted(now))
+            self.group.took(world.blobs[layer], groups.SUPERPEER)
+            world.events.at(now + world.latency, self._joined, layer, place)
 
-    def _join_failed(self, to: Superpeer, layer: int) -> None:
-        self._joining.discard(layer)
+    def _join_failed(self, to: Superpeer, layers: list[int]) -> None:
+        self._joining.difference_update(layers)
         self.health.busy(to.name, _LEFT_ALONE, self.world.events.now)
-        self._join(layer)
+        self._join(layers)
 
     def _joined(self, layer: int, place: Place) -> None:
         if self.alive:
             self._joining.discard(layer)
             self.places[layer] = place
             self.choosers[layer].learn(place)
+            for run in [run for run in self._unplaced if self.world.layer_of[run] == layer]:
+                self.need(run, *self._unplaced.pop(run))
             self._fill_window()
             if self._reads < len(self.world.reads):
                 self._read_on()
+
+    def _report(self, directory: Directory) -> None:
+        for about, fault in self.health.reports():
+            directory.report(self.name, about, fault, self.world.unix(self.world.events.now))
 
     def _superpeer(self, layer: int) -> Superpeer:
         """Return the first superpeer, in the blob's order, that is not known to be away."""
@@ -102,30 +185,57 @@ class Node(Machine):
         return self.world.superpeers[next((name for name in names if self.health.may_ask(name, now)), names[0])]
 
     def heartbeat(self) -> None:
-        """Tell each superpeer what we have of its blobs, every few seconds."""
+        """Tell who gave each place what we have of its blob, every few seconds; of the superpeer's, delegates too."""
         world = self.world
         if not self.alive:
             return
-        now = world.events.now
-        for name in dict.fromkeys(self._superpeer(layer).name for layer in range(len(self.choosers))):
+        now, blobs = world.events.now, world.blobs
+        placed = [layer for layer, place in enumerate(self.places) if place is not None]
+        outer = [layer for layer in placed if self.group.has_outer_place(blobs[layer])]
+        for name in dict.fromkeys(self._superpeer(layer).name for layer in outer):
             to = world.superpeers[name]
             if not to.alive:
                 self.health.busy(name, _LEFT_ALONE, now)
             else:
                 to.work()
-                changed = world.directories[to.name].heartbeat(self._heartbeat(to), world.unix(now))
-                for blob, place in changed.items():
-                    world.events.at(now + 2 * world.latency, self._joined, world.blobs.index(blob), place)
+                self._changed(world.directories[name].heartbeat(self._heartbeat(self._at(to)), world.unix(now)))
+        told: dict[str, list[int]] = {}
+        for layer in placed:
+            hearers = (self.group.placed_by(blobs[layer]), *self.group.delegates(blobs[layer]))
+            delegate = next((each for each in hearers if each and world.machines[each].alive), None)
+            if delegate is not None:
+                told.setdefault(delegate, []).append(layer)
+        for delegate, layers in told.items():
+            world.machines[delegate].work()
+            beat = self._heartbeat(layers, delegate=True)
+            changed = world.desk(delegate).heartbeat(beat, world.unix(now))
+            inner = {blob: place for blob, place in changed.items() if not self.group.has_outer_place(blob)}
+            self._changed({blob: place for blob, place in inner.items() if place.parents})
+            self._ask_superpeers([blobs.index(blob) for blob, place in inner.items() if not place.parents])
         world.events.at(now + world.heartbeat, self.heartbeat)
 
-    def _heartbeat(self, to: Superpeer) -> Heartbeat:
+    def _changed(self, places: dict[str, Place]) -> None:
+        world = self.world
+        for blob, place in places.items():
+            world.events.at(world.events.now + 2 * world.latency, self._joined, world.blobs.index(blob), place)
+
+    def _at(self, to: Superpeer) -> list[int]:
+        """Return the layers whose places are a superpeer's."""
+        return [layer for layer, blob in enumerate(self.world.blobs)
+                if self.group.has_outer_place(blob) and self._superpeer(layer) is to]  # fmt: skip
+
+    def _heartbeat(self, layers: list[int], *, delegate: bool = False) -> Heartbeat:
+        """Return what is told of these layers; delegates hear of a place of the superpeer as of a root."""
         told = []
-        for layer, place in enumerate(self.places):
-            if place is not None and self._superpeer(layer) is to:
-                parents = tuple(peer.id for peer in place.parents)
+        for layer in layers:
+            place, blob = self.places[layer], self.world.blobs[layer]
+            if place is not None:
+                root = delegate and self.group.has_outer_place(blob)
+                parents = () if root else tuple(peer.id for peer in place.parents)
                 complete = not self._missing
-                told.append(Told(self.world.blobs[layer], place.order, place.depth, parents, complete=complete))
-        return Heartbeat(self.peer, blobs=tuple(told), liars=tuple(self.health.liars()))
+                told.append(Told(blob, place.order, 1 if root else place.depth, parents, complete=complete))
+        peer = groups.outward(self.peer) if self.group.stands else self.peer
+        return Heartbeat(peer, blobs=tuple(told), liars=tuple(self.health.liars()))
 
     # ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -178,6 +288,10 @@ class Node(Machine):
                     world.events.at(world.events.now + world.latency, upstream.hurried, self, run)
             return
         if not self.alive or self.got[run] != NEVER:
+            return
+        if self.places[world.layer_of[run]] is None:  # children may ask a root that waits for the superpeer
+            was_urgent, fewest = self._unplaced.get(run, (False, hops))
+            self._unplaced[run] = (urgent or was_urgent, min(hops, fewest))
             return
         chooser = self.choosers[world.layer_of[run]]
         ask = chooser.begin(range(run, run + 1), world.sizes[run], world.events.now, hops)
@@ -235,7 +349,7 @@ class Node(Machine):
             self._wake(self.world.events.now)
             for layer, chooser in enumerate(self.choosers):
                 if any(not self.health.may_ask(parent, self.world.events.now) for parent in chooser.parents):
-                    self._join(layer)
+                    self._join([layer])
 
     # ── time ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

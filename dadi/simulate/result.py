@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import msgspec
 
 from dadi.simulate.bounds import Bounds, bounds, tree_time
@@ -42,6 +44,10 @@ class Result(msgspec.Struct, frozen=True):
     """Sent by all superpeers together."""
     superpeer_busy: float
     """Seconds of processor time for joins, heartbeats and reports, of the busiest superpeer."""
+    node_busy: float
+    """The same of the busiest node, as the delegate of its group."""
+    outer: int
+    """Places that superpeers have given; all others were given by delegates."""
     rack_copies: Spread
     """That came into a rack from outside."""
     rack_copies_out: Spread
@@ -73,10 +79,7 @@ def _result(world: World) -> Result:
     unit = float(s.startup_size)
     living = [node for node in world.nodes if node.alive or node.program_at != NEVER]
     times = sorted(node.bytes_at for node in living if node.bytes_at != NEVER)
-    trees = [row for blob, names in zip(world.blobs, world.owners, strict=True)
-             for row in world.directories[names[0]].tree(blob)]  # fmt: skip
-    depth = max((row["depth"] for row in trees), default=0)
-    children = max((row["children"] for row in trees), default=0)
+    depth, children = _shape(world)
     floor = bounds(s)
     racks = range(min(s.racks, s.nodes))
     return Result(
@@ -87,14 +90,37 @@ def _result(world: World) -> Result:
         registry_copies=world.registry.sent_bytes / unit,
         superpeer_copies=sum(superpeer.sent_bytes for superpeer in world.superpeers.values()) / unit,
         superpeer_busy=max(superpeer.busy_seconds for superpeer in world.superpeers.values()),
+        node_busy=max(node.busy_seconds for node in world.nodes),
+        outer=sum(found.statistics()["joins"] for found in world.directories.values()),
         rack_copies=_spread([world.into_rack[rack] / unit for rack in racks]),
         rack_copies_out=_spread([world.out_of_rack[rack] / unit for rack in racks]),
         node_copies=_spread([node.sent_bytes / unit for node in world.nodes]),
         wasted_copies=sum(node.wasted_bytes for node in world.nodes) / unit,
         hedges=sum(chooser.hedges for node in world.nodes for chooser in node.choosers),
-        moves=sum(found.moves for found in world.directories.values()),
+        moves=sum(found.moves for found in (*world.directories.values(), *world.desks.values())),
         depth=depth, children=children, simulated=world.events.now, events=world.events.count, times=times,
     )  # fmt: skip
+
+
+def _shape(world: World) -> tuple[int, int]:
+    """Return the depth of the deepest tree, and the most children of a node in one, by what nodes know at the end."""
+    deepest = most = 0
+    for layer in range(len(world.blobs)):
+        parents = {node.name: place.parents[0].id for node in world.nodes if (place := node.places[layer]) and
+                   place.parents}  # fmt: skip
+        most = max(most, *Counter(parents.values()).values(), 0)
+        depths: dict[str, int] = {}
+        for node in world.nodes:
+            way, at = dict[str, None](), node.name
+            while at in parents and at not in depths and at not in way:
+                way[at] = None
+                at = parents[at]
+            depth = depths.setdefault(at, 1)
+            for name in reversed(way):
+                depth += 1
+                depths[name] = depth
+            deepest = max(deepest, depths[node.name])
+    return deepest, most
 
 
 def _spread(values: list[float]) -> Spread:

@@ -24,8 +24,8 @@ class Settings(msgspec.Struct, frozen=True):
     """One way, between any two machines, with what they need to answer."""
     registry_latency: float = 0.005
     join_time: float = 0.0006
-    """Processor time that a superpeer needs for a join, a heartbeat or a report, one after the other: as measured, with
-    the HTTP request around it."""
+    """Processor time that a superpeer or a delegate needs for a join, a heartbeat or a report, one after the other: as
+    measured, with the HTTP request around it."""
     image_size: int = 1 << 30
     startup: float = 0.1
     """The share of the image that is the startup set."""

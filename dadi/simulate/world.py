@@ -1,6 +1,8 @@
 """The datacenter that is simulated: made from the settings, run until every node that lives has what it needs.
 
-The directories are `superpeer.directory.Directory`, one on each superpeer; owners are those of `dadi.peers.owners`.
+The directories are `dadi.peers.directory.Directory`, one on each superpeer and one on each delegate of a group; owners
+are those of `dadi.peers.owners`, groups those of `superpeer.groups`: they stand when it begins, as they do in a
+datacenter whose nodes are up before an image comes.
 Everything random comes from one generator with the given seed, so that the same settings give the same result.
 """
 
@@ -11,7 +13,9 @@ import hashlib
 import random
 from collections import Counter
 
-from dadi.peers import health
+import msgspec
+
+from dadi.peers import directory, group, health
 from dadi.peers.owners import owners
 from dadi.peers.places import Peer
 from dadi.simulate.bounds import bounds
@@ -19,7 +23,7 @@ from dadi.simulate.events import Events
 from dadi.simulate.machines import NEVER, Machine, Registry, Superpeer
 from dadi.simulate.node import Node
 from dadi.simulate.settings import Settings
-from superpeer import directory
+from superpeer.groups import HEARTBEATS_A_SECOND, Groups
 
 _MARGIN = 0.02
 _EPOCH = 1.7e9
@@ -49,17 +53,29 @@ class World:
         self.registry = Registry(self, settings.registry)
         self.superpeers = {name: Superpeer(self, name, settings.superpeer_rate) for name in names}
         rules = directory.Settings(root_slots=settings.root_slots, far_slots=settings.far_slots)
-        self.heartbeat = rules.heartbeat
+        self.heartbeat = max(rules.heartbeat, settings.nodes / HEARTBEATS_A_SECOND)
+        rules = msgspec.structs.replace(rules, heartbeat=self.heartbeat, expiry=3 * self.heartbeat)
         self.directories = {name: directory.Directory(rules, now=_EPOCH) for name in names}
+        self.desks: dict[str, directory.Directory] = {}
+        """Of delegates."""
+        self._rules = rules
         # What a node would be configured with: a parent is no good below a thirty-second of the link.
         self.health = health.Settings(margin=_MARGIN, longest=_MARGIN, slowest=settings.nic / 32)
         self.reads = self._program()
         self.nodes = self._nodes()
+        self._introduce()
         self.machines: dict[str, Machine] = {m.name: m for m in (*self.superpeers.values(), *self.nodes)}
         self._unfinished = len(self.nodes)
 
     def __repr__(self) -> str:
         return f"World({len(self.nodes)} nodes, {self._unfinished} unfinished, at {self.events.now:.3f} s)"
+
+    def desk(self, name: str) -> directory.Directory:
+        """Return the directory of a node as a delegate."""
+        if name not in self.desks:
+            rules = msgspec.structs.replace(self._rules, root_slots=1)
+            self.desks[name] = directory.Directory(rules, now=_EPOCH)
+        return self.desks[name]
 
     def unix(self, now: float) -> float:
         """Return Unix time."""
@@ -85,6 +101,7 @@ class World:
         for node in starting:
             self.events.at(0.0, node.start)
             self.events.at(self._random.uniform(0, self.heartbeat), node.heartbeat)
+            self.events.at(self._random.uniform(0, self.heartbeat), node.introduce)
         self._plan_faults()
         collecting = gc.isenabled()
         gc.disable()
@@ -105,7 +122,8 @@ class World:
         nodes = []
         for number in range(s.nodes):
             rack = number * s.racks // s.nodes if s.nodes >= s.racks else number
-            peer = Peer(f"node-{number}", "", f"zone-{rack * s.zones // s.racks}", f"rack-{rack}", s.slots)
+            address = f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}:7071"
+            peer = Peer(f"node-{number}", address, f"zone-{rack * s.zones // s.racks}", f"rack-{rack}", s.slots)
             nodes.append(Node(self, number, peer, rack, s.nic))
         picked = self._random.sample(nodes, len(nodes))
         failing, slow = round(s.fail * s.nodes), round(s.slow * s.nodes)
@@ -115,6 +133,13 @@ class World:
         for node in picked[failing + slow : failing + slow + round(s.lie * s.nodes)]:
             node.lies = True
         return nodes
+
+    def _introduce(self) -> None:
+        groups = Groups()
+        for node in self.nodes:
+            groups.introduce(group.outward(node.peer), 0, _EPOCH)
+        for node in self.nodes:
+            node.group.learn(*groups.introduce(group.outward(node.peer), 0, _EPOCH))
 
     def _plan_faults(self) -> None:
         # Twice the floor is about what it takes; nobody should know when all is over.

@@ -9,6 +9,7 @@
                  size, inodes                                            of a committed ordinary one
                  image, depth, chain_id, reference, manifest, layer      of a lazy one: see `LazyLayer`; else NULL
     mounts       image, layers: written before an image is mounted, removed after it was released
+    compatible   since: only where a newer version says that older ones may go on, see `dadi/versions.py`
 
 A file that is damaged, or gone while directories are there, is never replaced silently: containers that run now have
 their files below `snapshots`. `replace_damaged` moves both aside, and that is the way back.
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from dadi import versions
 from dadi.errors import (
     AlreadyExists,
     Conflict,
@@ -34,7 +36,6 @@ from dadi.errors import (
     NotFound,
     StoreFull,
     Unavailable,
-    Unsupported,
 )
 from dadi.snapshotter.model import Info, Kind, LazyLayer, Usage, updated_labels
 
@@ -165,8 +166,11 @@ class Database:
             run(f"PRAGMA user_version = {VERSION}")
         elif application != _APPLICATION:
             raise Malformed(f"{self._path} is not a file of dadi's snapshotter", hint=_WAY_BACK)
-        elif version != VERSION:
-            raise Unsupported(f"{self._path} is of version {version}; this dadi knows version {VERSION}")
+        else:
+            since = None
+            if version > VERSION and run("SELECT 1 FROM sqlite_schema WHERE name = 'compatible'").fetchone():
+                (since,) = run("SELECT max(since) FROM compatible").fetchone()
+            versions.check(str(self._path), version, since, known=VERSION, hint="start the version that wrote it")
         run("COMMIT")
         found = run("PRAGMA quick_check(1)").fetchone()[0]
         if found != "ok":

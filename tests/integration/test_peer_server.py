@@ -21,6 +21,7 @@ from dadi.blobs.disk import DiskBlobs
 from dadi.errors import AccessDenied, NotFound, StoreFull, TokenRefused
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob, blob_of
+from dadi.peers import server as server_file
 from dadi.peers import stream
 from dadi.peers import upload as upload_file
 from dadi.peers.frames import Frames
@@ -328,3 +329,52 @@ async def test_a_stream_has_frames_where_they_pay(served: Served) -> None:
     _, body = await served.get(TEXT_BLOB, f"0-{2 * C - 1}", Dadi_Stream="1", Accept_Encoding="zstd")
     assert [(kind, chunk) for kind, chunk, _ in records(body)] == [(stream.FRAME, 0), (stream.FRAME, 1)]
     assert zstandard.decompress(records(body)[1][2]) == TEXT[C : 2 * C]
+
+
+async def test_a_stream_of_scattered_chunks_has_them_and_no_others(served: Served) -> None:
+    await served.store.keep(BLOB, 4, [DATA[4 * C : 5 * C]])
+    response, body = await served.get(BLOB, f"0-{2 * C - 1}", Dadi_Stream="1", Dadi_Chunks="0-1,4,8")
+    assert response.headers[stream.CHUNKS] == "1"
+    sent = sorted(record for record in records(body) if record[0] != stream.WAITS)
+    assert sent == [(stream.PLAIN, n, DATA[n * C : (n + 1) * C]) for n in (0, 1, 4, 8)]
+    assert served.source.chunks_asked == [0, 1, 8]
+
+
+@pytest.mark.parametrize("chunks", ["", "0-9", "8-1", "1,0", "0,x", "0-999999999"])
+async def test_chunks_that_a_blob_has_not_are_refused(served: Served, chunks: str) -> None:
+    response, _ = await served.get(BLOB, f"0-{C - 1}", Dadi_Stream="1", Dadi_Chunks=chunks)
+    assert response.status == 400
+    assert served.source.asked == []
+
+
+async def test_one_request_names_no_more_chunks_than_a_range_may_have(served: Served, monkeypatch: Any) -> None:
+    monkeypatch.setattr(server_file, "_LARGEST", 3 * C)
+    assert (await served.get(BLOB, f"0-{C - 1}", Dadi_Stream="1", Dadi_Chunks="0-1,4"))[0].status == 200
+    assert (await served.get(BLOB, f"0-{C - 1}", Dadi_Stream="1", Dadi_Chunks="0-1,4,6"))[0].status == 400
+
+
+@pytest.mark.parametrize(
+    ("version", "more", "status", "ends"),
+    [("1.1", "Connection: close\r\n", 206, True), ("1.1", "", 206, False), ("1.0", "", 206, True),
+     ("1.0", "Connection: keep-alive\r\n", 206, False), ("1.0", "Dadi-Stream: 1\r\n", 400, True)],
+)  # fmt: skip
+async def test_connections_are_kept_as_http_has_it(
+    served: Served, version: str, more: str, status: int, ends: bool
+) -> None:
+    await served.store.keep(BLOB, 0, [DATA[:C]])
+    host, _, port = served.address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        target = f"/v1/blobs/{BLOB.digest}"
+        writer.write(f"GET {target} HTTP/{version}\r\nHost: x\r\nRange: bytes=0-{C - 1}\r\n{more}\r\n".encode())
+        async with asyncio.timeout(5):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            assert head.split()[1] == str(status)
+            assert "\r\ndate: " in head
+            body = await reader.read() if ends else await reader.readexactly(C)
+        assert status != 206 or body == DATA[:C]
+        assert ("connection: close" in head or version == "1.0") or not ends
+        assert "connection: keep-alive" in head or version == "1.1" or ends
+    finally:
+        writer.close()
+        await writer.wait_closed()

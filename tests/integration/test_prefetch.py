@@ -234,7 +234,7 @@ async def test_what_would_be_evicted_is_said_and_a_pinned_image_is_not(
         prefetch = run.superpeer.prefetch
         assert prefetch.statistics()["pinned"] == 1, "also after a restart"
         prefetch.clock = lambda: clock() + 2000
-        prefetch.unpin_what_is_over()
+        prefetch.sweep()
         assert prefetch.statistics()["pinned"] == 0
         ended = await operator.end(run.url, (await operator.begin(run.url, new.reference)).id)
         assert ended.state is State.READY
@@ -299,24 +299,51 @@ async def test_a_job_begins_when_it_is_to(tmp_path: Path, registry: FakeRegistry
         assert now >= 1e9 + 30
 
 
-async def test_the_startup_scope_brings_what_a_trace_names_and_without_one_says_so(
+async def test_the_startup_scope_brings_what_a_trace_names(
     tmp_path: Path, registry: FakeRegistry, operator: Operator
 ) -> None:
     made = await indexed.add(registry, "team/app", TARS, tmp_path)
     async with a_superpeer(tmp_path / "s", registry, indexing=_never_the_rest()) as run:
-        ended = await operator.end(run.url, (await operator.begin(run.url, made.reference, scope="startup")).id)
-        assert ended.state is State.READY
-        assert any("no startup trace" in note for note in ended.notes)
-        assert run.superpeer.lazy.statistics()["bytes"] == 0
         index = await run.index(made.reference)
         wanted = {index.layers[0].blob: [range(2, 4)], index.layers[2].blob: [range(1), range(3, 100_000)]}
         run.superpeer.prefetch.shares.startup_chunks = lambda record: wanted
         assert (await operator.verify(run.url, made.reference, "startup")).registry_requests == 3
         ended = await operator.end(run.url, (await operator.begin(run.url, made.reference, scope="startup")).id)
-        assert ended.state is State.READY
-        assert (await operator.verify(run.url, made.reference, "startup")).ready
+        assert (ended.state, ended.proven) == (State.READY, "startup")
+        told = await operator.verify(run.url, made.reference, "startup")
+        assert (told.ready, told.proven, told.note) == (True, "startup", "")
         full = await operator.verify(run.url, made.reference)
         assert not full.ready
+
+
+async def test_the_startup_scope_of_an_image_without_a_trace_is_all_of_it_and_that_is_said(
+    tmp_path: Path, registry: FakeRegistry, operator: Operator
+) -> None:
+    made = await indexed.add(registry, "team/app", TARS, tmp_path)
+    async with a_superpeer(tmp_path / "s", registry, indexing=_never_the_rest()) as run:
+        await run.index(made.reference)
+        before = await operator.verify(run.url, made.reference, "startup")
+        assert (before.ready, before.proven) == (False, "full"), "metadata alone starts nothing"
+        ended = await operator.end(run.url, (await operator.begin(run.url, made.reference, scope="startup")).id)
+        assert (ended.state, ended.proven, ended.total) == (State.READY, "full", sum(map(len, TARS)))
+        assert any("no startup trace" in note for note in ended.notes)
+        assert (await operator.verify(run.url, made.reference)).ready, "all of it"
+        assert "no startup trace" in (await operator.verify(run.url, made.reference, "startup")).note
+
+
+async def test_a_trace_that_is_learnt_while_a_job_runs_makes_it_begin_anew_and_not_fail(
+    tmp_path: Path, registry: FakeRegistry, operator: Operator
+) -> None:
+    made = await indexed.add(registry, "team/app", TARS, tmp_path)
+    async with a_superpeer(tmp_path / "s", registry, indexing=_never_the_rest()) as run:
+        index = await run.index(made.reference)
+        # Asked for the room, twice, for what to warm; then for the proof.
+        answers = [{index.layers[0].blob: [range(1)]}] * 3 + [{index.layers[1].blob: [range(5)]}]
+        shares = run.superpeer.prefetch.shares
+        shares.startup_chunks = lambda record: answers.pop(0) if len(answers) > 1 else answers[0]
+        ended = await operator.end(run.url, (await operator.begin(run.url, made.reference, scope="startup")).id)
+        assert (ended.state, ended.tries) == (State.READY, 1)
+        assert (await operator.verify(run.url, made.reference, "startup")).ready
 
 
 def _never_the_rest() -> Any:

@@ -17,7 +17,8 @@ from dadi.node.demand import Demand
 from dadi.node.warm import Warmer
 from dadi.peers.superpeer import SuperpeerClient
 from dadi.prefetch.life import State
-from dadi.prefetch.messages import Job, Request, canonical
+from dadi.prefetch.messages import Job, NodeReport, Request, canonical
+from superpeer.config import PrefetchConfig
 from superpeer.jobs_nodes import JobNodes
 from tests.contracts.store import content
 from tests.fakes import indexed
@@ -36,9 +37,9 @@ async def registry() -> AsyncIterator[FakeRegistry]:
 class WarmNode:
     """A node without mounts."""
 
-    def __init__(self, directory: Path, url: str, name: str, zone: str, limit: int) -> None:
+    def __init__(self, directory: Path, url: str, name: str, zone: str, limit: int, **of_client: Any) -> None:
         self.fallbacks = Fallbacks()
-        self.client = SuperpeerClient([url], self.fallbacks, connect=1, read=10)
+        self.client = SuperpeerClient([url], self.fallbacks, connect=1, read=10, **of_client)
         self.store = DiskBlobs(directory / name, limit=limit)
         self.chain = Chain(self.store, self.client.source, patience=5.0, fallbacks=self.fallbacks)
         self.expected: list[ImageIndex] = []
@@ -54,8 +55,10 @@ class WarmNode:
 
 
 @contextlib.asynccontextmanager
-async def node(directory: Path, url: str, name: str, zone: str = "a", limit: int = 0) -> AsyncIterator[WarmNode]:
-    made = WarmNode(directory, url, name, zone, limit)
+async def node(
+    directory: Path, url: str, name: str, zone: str = "a", limit: int = 0, **of_client: Any
+) -> AsyncIterator[WarmNode]:
+    made = WarmNode(directory, url, name, zone, limit, **of_client)
     try:
         yield made
     finally:
@@ -82,7 +85,7 @@ async def test_chosen_nodes_bring_the_image_once_and_without_the_registry(
         node(tmp_path, run.url, "other", "b") as other,
     ):
         await one.warmer.once()
-        assert one.warmer.statistics() == {"warmed": 0, "bytes": 0}
+        assert one.warmer.statistics() == {"warmed": 0, "bytes": 0, "pinned": 0}
         job = await prefetched(run, made.reference, nodes="zone=a")
         await run.who_may.check(job.pinned, None) if authorization == "registry" else None
         registry.script("", *[Fault(drop=True)] * 5000)
@@ -94,7 +97,7 @@ async def test_chosen_nodes_bring_the_image_once_and_without_the_registry(
         assert job.nodes == {"ready": 1}
         before = one.warmer.statistics()["bytes"]
         await one.warmer.once()
-        assert one.warmer.statistics() == {"warmed": 1, "bytes": before}
+        assert one.warmer.statistics() == {"warmed": 1, "bytes": before, "pinned": 0}
 
 
 async def test_of_the_startup_scope_nodes_bring_what_the_trace_names(tmp_path: Path, registry: FakeRegistry) -> None:
@@ -149,3 +152,113 @@ def test_the_more_nodes_ask_the_later_they_are_to_come_again() -> None:
     now += 10_000
     asked.asked("node-1")
     assert asked.asked("node-1") == 15.0
+
+
+async def test_what_is_pinned_is_kept_on_nodes_too_until_its_time_or_until_it_is_cancelled(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    made = await indexed.add(registry, "team/app", TARS, tmp_path)
+
+    def held(one: WarmNode) -> int:
+        while one.store._evict_one() is not None:
+            pass
+        return len(one.store.digests())
+
+    async with running(tmp_path / "s", registry.host, authorization="open") as run:
+        job = await prefetched(run, made.reference, nodes="all", pin_until=1e10)
+        for _ in range(2):  # the second time as after a restart, which the superpeer has heard nothing of
+            async with node(tmp_path, run.url, "one") as one:
+                for _ in range(2):
+                    await one.warmer.once()
+                    assert one.warmer.statistics()["pinned"] == 1
+                (index,) = one.expected
+                assert held(one) == 1 + len(index.device_blobs())
+                assert one.warmer.statistics()["warmed"] == 1, "what it says that it has it is not asked for again"
+                now = one.warmer._clock
+                one.warmer._clock = lambda: 2e10
+                one.warmer._unpin([name for name, (until, _) in one.warmer._pins.items() if until <= 2e10])
+                assert held(one) == 0
+                one.warmer._clock = now
+        async with node(tmp_path, run.url, "one") as one:
+            await one.warmer.once()
+            await run.superpeer.prefetch.cancel(job.id)
+            await one.warmer.once()
+            assert one.warmer.statistics()["pinned"] == 0
+            assert held(one) == 0
+
+
+async def test_nodes_keep_to_a_rate_of_their_own(tmp_path: Path, registry: FakeRegistry) -> None:
+    made = await indexed.add(registry, "team/app", TARS, tmp_path)
+    now = 1e9
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    async with (
+        running(tmp_path / "s", registry.host, authorization="open") as run,
+        node(tmp_path, run.url, "one") as one,
+    ):
+        await prefetched(run, made.reference, nodes="all", node_rate=1000.0)
+        one.warmer._clock, one.warmer._sleep = lambda: now, sleep
+        await one.warmer.once()
+        size = one.warmer.statistics()["bytes"]
+        assert size >= sum(map(len, TARS))
+        assert now - 1e9 >= size / 1000 - 2
+
+
+async def test_without_a_trace_nodes_bring_all_of_an_image(tmp_path: Path, registry: FakeRegistry) -> None:
+    made = await indexed.add(registry, "team/app", TARS, tmp_path)
+    async with (
+        running(tmp_path / "s", registry.host, authorization="open") as run,
+        node(tmp_path, run.url, "one") as one,
+    ):
+        await prefetched(run, made.reference, nodes="all", scope="startup")
+        await one.warmer.once()
+        (index,) = one.expected
+        assert [blob for blob in (index.metadata, *index.device_blobs()) if await one.store.missing(blob)] == []
+
+
+async def test_nodes_are_told_of_the_image_that_was_brought_though_the_tag_has_moved(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    made = await indexed.add(registry, "team/app", TARS, tmp_path)
+    async with running(tmp_path / "s", registry.host, authorization="open", tag_ttl=0.0) as run:
+        blob = (await run.index(made.reference)).layers[0].blob
+        looked: list[str] = []
+
+        def chunks(record: Any) -> Any:
+            looked.append(record.manifest_digest)
+            return {blob: [range(2, 4)]}
+
+        run.superpeer.prefetch.shares.startup_chunks = chunks
+        job = await prefetched(run, made.reference, nodes="all", scope="startup")
+        registry.add_image("team/app", "1", TARS[1:])
+        await run.index(made.reference)
+        looked.clear()
+        nodes = run.superpeer.prefetch.nodes
+        for _ in range(100):
+            (wish,) = nodes.wishes([job], "one", "", "")
+        assert wish.chunks == {blob.digest: ((2, 4),)}
+        assert looked == [job.manifest_digest], "once, however many nodes ask"
+
+
+async def test_what_nodes_and_siblings_were_told_of_jobs_is_forgotten_with_them(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    images = [await indexed.add(registry, f"team/app{number}", TARS[:1], tmp_path) for number in range(4)]
+    config = PrefetchConfig(most_jobs=2)
+    async with running(tmp_path / "s", registry.host, authorization="open", prefetch=config) as run:
+        prefetch = run.superpeer.prefetch
+        for made in images:
+            job = await prefetched(run, made.reference, nodes="all")
+            prefetch.nodes.hear(job, NodeReport("one", "ready"))
+            prefetch.nodes.wishes([job], "two", "", "")
+        left = {each.id for each in prefetch.jobs()}
+        assert len(left) == 2
+        assert set(prefetch.nodes._told) == set(prefetch.nodes._wishes) == left
+        clock = prefetch.clock
+        prefetch.clock = lambda: clock() + 2 * 86400
+        prefetch.sweep()
+        assert (prefetch.nodes._told, prefetch.nodes._wishes, prefetch._telling) == ({}, {}, {})
+        assert job.nodes == {"ready": 1}, "the count stays"

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from dadi import digest as digests
 from dadi.prefetch.life import State
 from dadi.prefetch.messages import Job, Request, canonical
 from dadi.prefetch.rate import Bucket
 from superpeer.jobs_pace import Pace, Slots
 from tests.contracts.store import content
 from tests.fakes import indexed
-from tests.fakes.registry import FakeRegistry
+from tests.fakes.registry import FakeRegistry, Fault
 from tests.integration.test_siblings import a_node
 from tests.lab.services import PLATFORM, Running, running, tar_of
 
@@ -84,6 +85,78 @@ async def test_a_read_finds_its_way_past_a_job_that_fetches_ranges(tmp_path: Pat
                 index = await node.index(reference)
                 assert await node.read(index) == [a_tar(1 if reference == made.reference else 2)]
         assert run.superpeer.demands == 0
+
+
+async def test_a_job_that_streams_slowly_holds_up_no_other(tmp_path: Path, registry: FakeRegistry) -> None:
+    for number in range(6):
+        registry.add_image(f"team/slow{number}", "1", [a_tar(10 + number), a_tar(20 + number)])
+    registry.add_image("team/app", "1", [a_tar(1)])
+    made = await indexed.add(registry, "team/indexed", [a_tar(2)], tmp_path)
+    async with running(tmp_path / "s", registry.host, authorization="open") as run:
+        slow = [await begin(run, f"{registry.host}/team/slow{number}:1", rate=1000.0) for number in range(6)]
+        for job in slow:
+            await until(job, State.INDEXING)
+        await until(await begin(run, f"{registry.host}/team/app:1"), State.READY)
+        await until(await begin(run, made.reference), State.READY)
+        assert {job.state for job in slow} == {State.INDEXING}
+
+
+async def under_way(registry: FakeRegistry, run: Running) -> None:
+    async with asyncio.timeout(20):
+        while not registry.asked("/blobs/", "GET") or not run.superpeer.origin._passes:
+            await asyncio.sleep(0.01)
+
+
+async def idle(run: Running) -> None:
+    """Wait until nothing is streamed any more."""
+    async with asyncio.timeout(20):
+        while run.superpeer.origin._passes or run.superpeer._resolving:
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("how", ["paced", "hanging"])
+async def test_what_a_cancelled_job_streams_is_broken_off(tmp_path: Path, registry: FakeRegistry, how: str) -> None:
+    registry.add_image("team/app", "1", [a_tar(1), a_tar(2)])
+    if how == "hanging":
+        for seed in (1, 2):
+            layer = f"/blobs/{digests.of(a_tar(seed))}"
+            registry.script(layer, *[Fault(stall_after=100_000)] * 20, method="GET")
+    async with running(tmp_path, registry.host, authorization="open") as run:
+        job = await begin(run, f"{registry.host}/team/app:1", rate=2000.0 if how == "paced" else 0.0)
+        await until(job, State.INDEXING)
+        await under_way(registry, run)
+        await run.superpeer.prefetch.cancel(job.id)
+        await idle(run)
+        assert run.superpeer.origin.layers == 0
+
+
+@pytest.mark.parametrize("who", ["a node", "another job"])
+async def test_what_somebody_else_wants_too_goes_on(tmp_path: Path, registry: FakeRegistry, who: str) -> None:
+    tar, gate = a_tar(1), asyncio.Event()
+    registry.add_image("team/app", "1", [tar])
+    layer = f"/blobs/{digests.of(tar)}"
+    registry.script(layer, Fault(gate=gate), method="GET")
+    reference = f"{registry.host}/team/app:1"
+    async with running(tmp_path, registry.host, authorization="open") as run:
+        job = await begin(run, reference)
+        await until(job, State.INDEXING)
+        async with asyncio.timeout(20):
+            while not registry.asked(layer, "GET"):
+                await asyncio.sleep(0.01)
+        (resolving,) = run.superpeer._resolving.values()
+        assert resolving.pace is not None
+        if who == "a node":
+            other: asyncio.Task[object] = asyncio.create_task(run.index(reference))
+        else:
+            request = canonical(Request(reference, PLATFORM, scope="startup"))
+            other = asyncio.create_task(until(await run.superpeer.prefetch.submit(request), State.READY))
+        async with asyncio.timeout(20):
+            while len(resolving.pace._of) < 2 and run.superpeer.origin._paces:
+                await asyncio.sleep(0.01)
+        await run.superpeer.prefetch.cancel(job.id)
+        gate.set()
+        await asyncio.wait_for(other, 20)
+        assert len(registry.asked(layer, "GET")) == 1
 
 
 async def test_jobs_of_a_higher_priority_go_first() -> None:

@@ -19,10 +19,12 @@ from dadi.errors import NotFound
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
 from dadi.originals.client import SMALL, OriginalAnswer
+from dadi.originals.waiting import HEAD
 from dadi.peers import token as tokens
+from dadi.peers.shown import HEADER
 from dadi.tls import Tls, TlsConfig
 from tests.fakes.authority import Authority
-from tests.fakes.registry import FakeRegistry, cut, status
+from tests.fakes.registry import FakeRegistry, Fault, cut, status
 from tests.lab.proxies import RunningProxy, proxied
 from tests.lab.services import Running, running
 
@@ -81,6 +83,59 @@ async def test_a_new_blob_is_not_streamed_to_each_but_given_in_chunks(tmp_path: 
         assert all(proxy.store.has(DIGEST) for proxy in made)
         assert all(proxy.fallbacks() == [] for proxy in made)
     assert len(registry.asked(f"/blobs/{DIGEST}", "GET")) == 1
+
+
+async def test_the_first_bytes_come_while_the_superpeer_still_gets_it(tmp_path: Path, registry: FakeRegistry) -> None:
+    gate, rest = asyncio.Event(), asyncio.Event()
+    registry.script(f"/blobs/{DIGEST}", cut(1 << 20), Fault(gate=rest), method="GET")
+    async with running(tmp_path / "s", registry.host) as run, nodes(tmp_path, registry, run, 2) as made:
+        before = run.superpeer.statistics()["originals"]["bytes"]
+
+        async def pull(proxy: RunningProxy) -> bytes:
+            async with proxy.session.get(proxy.url + BLOB) as response:
+                first = await response.content.readexactly(HEAD // 2)
+                gate.set()
+                return first + await response.read()
+
+        pulls = [asyncio.create_task(pull(proxy)) for proxy in made]
+        async with asyncio.timeout(20):
+            await gate.wait()
+        assert run.superpeer.statistics()["originals"]["bytes"] == before, "it has nothing whole yet"
+        rest.set()
+        assert [await one for one in pulls] == [LAYER, LAYER]
+        assert all(proxy.proxy.upstream.statistics()["streamed"]["blobs"] == 0 for proxy in made), "in chunks, as ever"
+
+
+async def test_first_bytes_that_prove_wrong_are_not_completed(tmp_path: Path, registry: FakeRegistry) -> None:
+    """The registry begins with other bytes than it goes on with when it is asked anew."""
+    rest = asyncio.Event()
+    registry.script(f"/blobs/{DIGEST}", cut(1 << 20, flip=3), Fault(gate=rest), method="GET")
+    async with running(tmp_path / "s", registry.host) as run, nodes(tmp_path, registry, run, 1) as (proxy,):
+        async with proxy.session.get(proxy.url + BLOB) as response:
+            assert (await response.content.readexactly(4))[3] == LAYER[3] ^ 1
+            rest.set()
+            with pytest.raises(aiohttp.ClientError):
+                await response.content.readexactly(len(LAYER) - 4 + 1)
+        assert not proxy.store.has(DIGEST)
+        assert (await proxy.get(BLOB))[1] == LAYER
+
+
+async def test_bytes_in_advance_are_for_who_may_have_the_blob(tmp_path: Path) -> None:
+    async with FakeRegistry(auth="bearer", user="u", password="p") as registry:
+        registry.add_image("team/app", "1", [LAYER])
+        registry.tokens.add("a")
+        registry.script(f"/blobs/{DIGEST}", Fault(stall_after=1 << 20), method="GET")
+        parameters = {"reference": f"{registry.host}/team/app", "wait": "1", "from": "0"}
+        async with running(tmp_path / "s", registry.host) as run, aiohttp.ClientSession() as session:
+            url = f"{run.url}/v1/original/{DIGEST}/table"
+            for token, expected in (("a", 200), ("b", 401)):
+                headers = {HEADER: f"Bearer {token}"}
+                async with session.get(url, params=parameters, headers=headers) as response:
+                    assert response.status == expected
+                    body = await response.read()
+                    assert (LAYER[:100] in body) == (expected == 200)
+            async with session.get(url, params={**parameters, "from": "-1"}, headers={HEADER: "Bearer a"}) as response:
+                assert LAYER[:100] not in await response.read()
 
 
 async def test_a_small_blob_is_streamed_at_once(tmp_path: Path, registry: FakeRegistry) -> None:

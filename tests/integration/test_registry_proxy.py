@@ -358,6 +358,21 @@ async def test_a_registry_that_hangs_does_not_hold_up_who_can_be_served(tmp_path
         assert (response.status, "Warning" in response.headers) == (200, True)
 
 
+async def test_a_private_image_is_served_without_delay_while_the_registry_hangs(tmp_path: Path) -> None:
+    times = {"tag_ttl": 0.0, "access_ttl": 0.0, "patience": 0.05}
+    async with FakeRegistry(auth="basic", user="u", password="p") as registry:
+        registry.add_image("team/app", "1", [LAYER])
+        async with proxied(tmp_path, registry.host, originals=times) as proxy:
+            for path in (MANIFEST, BLOB):
+                assert (await proxy.get(path, headers=basic("u", "p")))[0].status == 200
+            proxy.proxy.upstream.originals.access._refused.clear()  # as a minute later
+            registry.script("/v2/", *[Fault(gate=asyncio.Event())] * 99)
+            async with asyncio.timeout(8):
+                response, _ = await proxy.get(MANIFEST, headers=basic("u", "p"))
+                assert (response.status, "Warning" in response.headers) == (200, True)
+                assert (await proxy.get(BLOB, headers=basic("u", "p")))[1] == LAYER
+
+
 async def test_beyond_the_configured_staleness_nothing_is_served(tmp_path: Path, registry: FakeRegistry) -> None:
     async with proxied(tmp_path, registry.host, originals={"tag_ttl": 0.0, "stale": 0.0}, retries=0) as proxy:
         await proxy.get(MANIFEST)

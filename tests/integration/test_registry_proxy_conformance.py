@@ -1,7 +1,8 @@
-"""The pull side of the OCI distribution specification 1.1, case by case, against a fake and a real registry behind us.
+"""The pull side of the OCI distribution specification 1.1, case by case.
 
-Each test names the section that it is from; the cases are those of the specification's conformance list ("Pull" and
-"Content Discovery"), and what the text asks for beyond it.
+Behind the proxy: a fake registry; Debian's; and Debian's with a superpeer in between, as it is in a node. Each test
+names the section that it is from; the cases are those of the specification's conformance list ("Pull" and "Content
+Discovery"), and what the text asks for beyond it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from dadi.oci.registry import RegistryClient
 from tests.fakes.registry import FakeRegistry
 from tests.lab.proxies import ACCEPT, RunningProxy, proxied
 from tests.lab.registry import DockerRegistry, available
+from tests.lab.services import running
 
 LAYER = b"a layer, as far as a registry cares" * 1000
 CONFIG = json.dumps({"os": "linux", "architecture": "amd64", "rootfs": {"type": "layers", "diff_ids": []}}).encode()
@@ -52,24 +54,35 @@ def artifact(kind: str) -> bytes:
     }).encode()  # fmt: skip
 
 
-@pytest.fixture(params=["fake", "docker-registry"])
-async def host(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
+@pytest.fixture(scope="module")
+def debians(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Debian's registry, filled, for all tests: none of them changes it. Empty: there is none here."""
+    if not available():
+        yield ""
+        return
+    directory = tmp_path_factory.mktemp("registry")
+    with DockerRegistry(directory) as real:
+        asyncio.run(fill(real.host))
+        yield real.host
+
+
+@pytest.fixture(params=["fake", "docker-registry", "docker-registry behind a superpeer"])
+async def site(request: pytest.FixtureRequest, tmp_path: Path, debians: str
+               ) -> AsyncIterator[tuple[str, tuple[str, ...]]]:  # fmt: skip
+    """A filled registry, and the superpeers that are asked in its place."""
     if request.param == "fake":
         async with FakeRegistry(referrers=True) as fake:
             fake.add_blob(b"{}")
             await fill(fake.host)
-            yield fake.host
-    else:
-        if not available():
-            pytest.skip("docker-registry is not installed (scripts/setup does it)")
-        real = DockerRegistry(tmp_path / "registry")
-        real.directory.mkdir()
-        await asyncio.to_thread(real.start)
-        try:
-            await fill(real.host)
-            yield real.host
-        finally:
-            await asyncio.to_thread(real.stop)
+            yield fake.host, ()
+        return
+    if not debians:
+        pytest.skip("docker-registry is not installed (scripts/setup does it)")
+    if request.param == "docker-registry":
+        yield debians, ()
+        return
+    async with running(tmp_path / "superpeer", debians) as run:
+        yield debians, (run.url,)
 
 
 async def fill(host: str) -> None:
@@ -88,9 +101,10 @@ async def fill(host: str) -> None:
 
 
 @pytest.fixture
-async def proxy(tmp_path: Path, host: str) -> AsyncIterator[RunningProxy]:
-    async with proxied(tmp_path / "proxy", host) as running:
-        yield running
+async def proxy(tmp_path: Path, site: tuple[str, tuple[str, ...]]) -> AsyncIterator[RunningProxy]:
+    host, superpeers = site
+    async with proxied(tmp_path / "proxy", host, superpeers=superpeers) as made:
+        yield made
 
 
 def code(body: bytes) -> str:
@@ -152,6 +166,21 @@ async def test_a_manifest_that_is_known_is_not_sent_again(proxy: RunningProxy) -
     assert (response.status, body) == (304, b"")
 
 
+@pytest.mark.parametrize("path", [
+    "/v2/team/app/manifests/latest", f"/v2/team/app/manifests/{digests.of(MANIFEST)}", "/v2/team/app/manifests/index",
+    f"/v2/team/app/blobs/{digests.of(LAYER)}", "/v2/team/app/manifests/nonexistent", f"/v2/team/app/blobs/{MISSING}",
+    "/v2/no/such/tags/list",
+])  # fmt: skip
+async def test_head_says_what_get_says_without_a_body(proxy: RunningProxy, path: str) -> None:
+    """"Checking if content exists in the registry"; RFC 9110, 9.3.2."""
+    await proxy.get(path)  # what is asked of the registry by now is not the question
+    given, body = await proxy.get(path)
+    told, nothing = await proxy.ask("HEAD", path)
+    assert (told.status, nothing) == (given.status, b"")
+    assert {**told.headers, "Date": ""} == {**given.headers, "Date": ""}
+    assert int(told.headers["Content-Length"]) == len(body)
+
+
 # ---- "Pulling blobs" (end-2)
 
 
@@ -181,10 +210,23 @@ async def test_a_range_of_a_blob(proxy: RunningProxy, warm: bool) -> None:
     response, body = await proxy.get(path, headers={"Range": "bytes=10-19"})
     assert (response.status, body) == (206, LAYER[10:20])
     assert response.headers["Content-Range"] == f"bytes 10-19/{len(LAYER)}"
+    for asked in (f"bytes={len(LAYER) - 10}-", "bytes=-10", f"bytes={len(LAYER) - 10}-{len(LAYER) + 99}"):
+        response, body = await proxy.get(path, headers={"Range": asked})
+        assert (response.status, body) == (206, LAYER[-10:])
     response, _ = await proxy.get(path, headers={"Range": f"bytes={len(LAYER)}-"})
     assert (response.status, response.headers["Content-Range"]) == (416, f"bytes */{len(LAYER)}")
     response, body = await proxy.get(path, headers={"Range": "bytes=10-19", "If-Range": '"another"'})
     assert (response.status, len(body)) == (200, len(LAYER))
+
+
+async def test_what_is_no_range_gives_the_whole(proxy: RunningProxy) -> None:
+    """RFC 9110, 14.2: a Range header that is not understood, or asks for several ranges, may be ignored."""
+    path = f"/v2/team/app/blobs/{digests.of(LAYER)}"
+    for asked in ("bytes=5-1", "bytes=0-1,5-6", "lines=1-2", "bytes=a-b"):
+        response, body = await proxy.get(path, headers={"Range": asked})
+        assert (response.status, body) in ((200, LAYER), (416, b"")), asked
+    response, body = await proxy.ask("HEAD", path, headers={"Range": "bytes=0-9"})
+    assert (response.status, response.headers["Content-Length"]) == (200, str(len(LAYER)))
 
 
 async def test_an_invalid_digest_is_400(proxy: RunningProxy) -> None:
@@ -210,6 +252,7 @@ async def test_all_tags(proxy: RunningProxy) -> None:
     document = json.loads(body)
     assert document["name"] == "team/app"
     assert {*TAGS, "index"} <= set(document["tags"])
+    assert document["tags"] == sorted(document["tags"]), "in lexical order"
 
 
 async def test_tags_page_by_page(proxy: RunningProxy) -> None:
@@ -230,6 +273,12 @@ async def test_tags_page_by_page(proxy: RunningProxy) -> None:
     assert {*TAGS, "index"} <= set(found)
     _, body = await proxy.get("/v2/team/app/tags/list?n=1&last=v1")
     assert json.loads(body)["tags"] == ["v2"]
+    response, body = await proxy.get("/v2/team/app/tags/list?n=100&last=v1")
+    assert (json.loads(body)["tags"], "Link" in response.headers) == (["v2", "v3"], False)
+    response, body = await proxy.get("/v2/team/app/tags/list?n=0")
+    assert (json.loads(body)["tags"], "Link" in response.headers) == ([], False)
+    _, body = await proxy.get("/v2/team/app/tags/list?last=v2")
+    assert json.loads(body)["tags"] == ["v3"]
 
 
 # ---- "Content Discovery": "Listing Referrers" (end-12a, end-12b)
@@ -285,8 +334,12 @@ async def test_a_push_is_unsupported(proxy: RunningProxy, method: str, path: str
 # ---- containerd, docs/hosts.md: whose image it is
 
 
-async def test_the_registry_may_be_named_by_ns_or_by_the_paths_first_part(host: str, tmp_path: Path) -> None:
-    async with proxied(tmp_path / "elsewhere", "127.0.0.1:9", allowed=[host], retries=0) as proxy:
+async def test_the_registry_may_be_named_by_ns_or_by_the_paths_first_part(
+    site: tuple[str, tuple[str, ...]], tmp_path: Path
+) -> None:
+    host, superpeers = site
+    async with proxied(tmp_path / "elsewhere", "127.0.0.1:9", allowed=[host], retries=0,
+                       superpeers=superpeers) as proxy:  # fmt: skip
         assert (await proxy.get(f"/v2/team/app/manifests/latest?ns={host}"))[1] == MANIFEST
         assert (await proxy.get(f"/v2/{host}/team/app/manifests/v1"))[1] == MANIFEST
-        assert (await proxy.get("/v2/team/app/manifests/latest"))[0].status == 503
+        assert (await proxy.get("/v2/team/app/manifests/latest"))[0].status in (403, 503), "not allowed, or not there"

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 import zstandard
 
-from dadi.blobs import serving
+from dadi.blobs import answering, serving
 from dadi.blobs.serving import Compressor
 from dadi.errors import NotFound
 from dadi.index.chunks import blob_of
@@ -150,7 +150,7 @@ async def test_an_answer_that_fails_in_the_middle_is_cut_off_and_nothing_is_take
     async def broken(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(serving, "send_file", broken)
+    monkeypatch.setattr(answering, "send_file", broken)
     async with running(tmp_path, registry.host, authorization="open") as run, aiohttp.ClientSession() as session:
         index = await run.index(f"{registry.host}/team/app:1")
         url = f"{run.url}/v1/blobs/{index.layers[0].diff_id}"

@@ -17,12 +17,15 @@ import traceback
 from typing import Any
 
 PROGRAMS = ("dadi.node.main", "tests.lab.reading", "tests.lab.liar", "tests.lab.prefetching")
+MORE = "DADI_LAB_PROGRAMS"
+"""The environment's name for others that are to be imported, too."""
 _CLONE_NEWNET = 0x40000000
 
 
 def serve() -> None:
     """Fork what standard input asks for until it ends; then end what still runs by leaving it to the lab."""
-    modules = {name: importlib.import_module(name) for name in PROGRAMS}
+    programs = (*PROGRAMS, *os.environ.get(MORE, "").split())
+    modules = {name: importlib.import_module(name) for name in programs}
     gc.collect()
     gc.freeze()  # what is shared stays shared: no collection in a child touches it
     signal.signal(signal.SIGCHLD, lambda number, frame: _reap())

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import cast
 
 from tests.lab.cleanup import Lab
+from tests.lab.fork_server import MORE
 from tests.lab.network import Host
 from tests.lab.processes import REPOSITORY, LabFailed, Process
 
@@ -35,7 +36,8 @@ _PATIENCE = 30.0
 class Forks:
     """The process that forks, in a lab; leaving it ends that process, and leaves what it forked to the lab."""
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: Lab, programs: Sequence[str] = ()) -> None:
+        """`programs`: modules to import beside fork_server.PROGRAMS."""
         self.lab = lab
         (lab.root / "logs").mkdir(exist_ok=True)
         self._ended: dict[int, int] = {}
@@ -47,7 +49,7 @@ class Forks:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={**lab.environment, "PYTHONPATH": str(REPOSITORY)},
+                env={**lab.environment, "PYTHONPATH": str(REPOSITORY), MORE: " ".join(programs)},
                 cwd=lab.root,
                 start_new_session=True,
                 text=True,

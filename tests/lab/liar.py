@@ -25,16 +25,17 @@ _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 
 def main(arguments: Sequence[str]) -> None:
     """SUPERPEER IMAGE PLATFORM ID PORT ZONE RACK SLOTS RESULT"""
-    asyncio.run(_lie(*arguments))
+    asyncio.run(lie(*arguments))
 
 
-async def _lie(superpeer: str, image: str, platform: str, own: str, port: str, zone: str, rack: str, slots: str,
-               result: str) -> None:  # fmt: skip
+async def lie(superpeer: str, image: str, platform: str, own: str, port: str, zone: str, rack: str, slots: str,
+              result: str, answers: type[Answers] | None = None) -> None:  # fmt: skip
+    """Join, and answer as `answers` does."""
     peer = {"id": own, "address": f"0.0.0.0:{port}", "zone": zone, "rack": rack, "slots": int(slots)}
     async with aiohttp.ClientSession() as session:
         blobs, headers = await _blobs(session, superpeer, image, platform)
         app = web.Application()
-        app.router.add_get("/v1/blobs/{digest}", _Answers(blobs, Path(result)).handle)
+        app.router.add_get("/v1/blobs/{digest}", (answers or Answers)(blobs, Path(result)).handle)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         await web.TCPSite(runner, "0.0.0.0", int(port)).start()
@@ -73,12 +74,14 @@ async def _blobs(session: aiohttp.ClientSession, superpeer: str, image: str,
     return {blob.digest: blob.size for blob in (*index.device_blobs(), index.metadata)}, headers
 
 
-class _Answers:
+class Answers:
+    """What it answers: wrong bytes."""
+
     def __init__(self, blobs: dict[str, int], result: Path) -> None:
         self._blobs = blobs
         self._result = result
 
-    async def handle(self, request: web.Request) -> web.Response:
+    async def handle(self, request: web.Request) -> web.StreamResponse:
         digest = request.match_info["digest"]
         match = _RANGE.fullmatch(request.headers.get("Range", ""))
         if digest not in self._blobs or match is None:
@@ -87,4 +90,7 @@ class _Answers:
         with self._result.open("ab") as file:
             file.write(b"!")
         headers = {"Content-Range": f"bytes {first}-{last}/{self._blobs[digest]}"}
-        return web.Response(status=206, body=b"\x55" * (last - first + 1), headers=headers)
+        return await self.answer(request, headers, last - first + 1)
+
+    async def answer(self, request: web.Request, headers: dict[str, str], length: int) -> web.StreamResponse:
+        return web.Response(status=206, body=b"\x55" * length, headers=headers)

@@ -93,7 +93,7 @@ class ProxyProcess(Process):
     """
 
     def __init__(self, lab: Lab, host: Host, registry: str, superpeers: Sequence[str] = (), *, port: int = 7072,
-                 name: str = "proxy", sections: str = "") -> None:  # fmt: skip
+                 name: str = "proxy", front: str = "", sections: str = "") -> None:  # fmt: skip
         directory = lab.root / name
         directory.mkdir(exist_ok=True)
         self.address = f"{host.address}:{port}"
@@ -101,7 +101,7 @@ class ProxyProcess(Process):
         file = directory / "proxy.toml"
         file.write_text(
             f'listen = "{self.address}"\nstate = "{directory / "state"}"\nlog_json = true\n'
-            f"superpeers = {json.dumps(list(superpeers))}\n[front]\nupstream = {json.dumps(registry)}\n"
+            f"superpeers = {json.dumps(list(superpeers))}\n[front]\nupstream = {json.dumps(registry)}\n{front}\n"
             f"[registry]\nallowed = [{json.dumps(registry)}]\nplain_http = [{json.dumps(registry)}]\n{sections}\n"
         )
         super().__init__(lab, name, [sys.executable, "-m", "registry_proxy", "--config", str(file)], host=host)

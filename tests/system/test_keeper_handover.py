@@ -18,7 +18,7 @@ import msgspec
 import pytest
 
 from dadi import locks
-from dadi.errors import Unavailable
+from dadi.errors import Unavailable, Unsupported
 from dadi.keeper import client
 from dadi.keeper.client import KeeperProcess
 from dadi.keeper.store import close_all
@@ -54,22 +54,42 @@ def change_text(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
     keeper.close()
 
 
-@pytest.mark.parametrize(
-    ("text", "why"), [(b'{"version": 2, "new": []}', "version 2; this one knows version 1"), (b"\xff\x00", "damaged")]
-)
-async def test_a_state_from_the_future_or_damaged_is_refused_aloud_and_all_is_mounted_anew(
-    tmp_path: Path, registry: FakeRegistry, target: Path, text: bytes, why: str
+async def test_a_state_that_is_damaged_is_refused_aloud_and_all_is_mounted_anew(
+    tmp_path: Path, registry: FakeRegistry, target: Path
 ) -> None:
     async with running(tmp_path / "superpeer", registry.host) as run:
         async with node_of(tmp_path, run.url, unmount_on_stop=False) as node:
             await mounted(node, f"{registry.host}/team/app:0", target)
-        await in_thread(lambda: change_text(tmp_path, lambda _: text))
+        await in_thread(lambda: change_text(tmp_path, lambda _: b"\xff\x00"))
         async with node_of(tmp_path, run.url) as again:
             (note,) = [row for row in again.fallbacks.statistics() if row["kind"] == "lazy mounts not taken over"]
-            assert why in note["why"]
+            assert "damaged" in note["why"]
             assert again.statistics()["taken_over"] == {"mounts": 0, "devices": 0}
             assert again.statistics()["mounts"][0]["state"] == "lazy"
             assert await read(target / "data") == FILE
+
+
+async def test_a_version_that_is_too_old_refuses_to_start_and_readers_go_on_with_the_one_that_is_not(
+    tmp_path: Path, registry: FakeRegistry, target: Path
+) -> None:
+    def of_version(version: int, since: int) -> Callable[[bytes], bytes]:
+        return lambda text: msgspec.json.encode(
+            {**msgspec.json.decode(text), "version": version, "since": since, "new": [1]}
+        )
+
+    async with running(tmp_path / "superpeer", registry.host) as run:
+        async with node_of(tmp_path, run.url, unmount_on_stop=False) as node:
+            await mounted(node, f"{registry.host}/team/app:0", target)
+        reader = asyncio.create_task(read(target / "data"))
+        await in_thread(lambda: change_text(tmp_path, of_version(3, 2)))
+        with pytest.raises(Unsupported, match="version 3, for version 2 or newer; this dadi knows version 1"):
+            async with node_of(tmp_path, run.url):
+                pass
+        assert not reader.done()
+        await in_thread(lambda: change_text(tmp_path, of_version(2, 1)))  # one step: what it adds may be ignored
+        async with node_of(tmp_path, run.url) as again:
+            assert again.statistics()["taken_over"] == {"mounts": 1, "devices": 2}
+            assert await reader == FILE
 
 
 async def test_what_cannot_be_taken_over_fails_its_readers_although_somebody_still_has_its_descriptor(

@@ -6,6 +6,7 @@ superpeer gets it while they wait.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +22,12 @@ from tests.lab.pulling import Pulled, Pulls
 pytestmark = [
     pytest.mark.root,
     pytest.mark.programs("docker-registry", "skopeo", "ip", "tc", "nsenter", "unshare"),
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(300),
 ]
 
 ALL, SOME = 20, 8
+SIZE = int(os.environ.get("DADI_CROWD_IMAGE_MIB", "16")) << 20
+"""Bytes of the image. 200 MB take minutes where twenty machines share two cores: DADI_CROWD_IMAGE_MIB=200 does it."""
 PORT = 7072
 PROXY = f'[backfill]\nenabled = false\n[proxy]\nenabled = true\nlisten = "127.0.0.1:{PORT}"\n'
 
@@ -39,7 +42,7 @@ def base() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def image(base: Path) -> Iterator[Material]:
     with Lab("image", base) as lab:
-        yield material(lab.root, size=16 << 20, indexed=False)
+        yield material(lab.root, size=SIZE, indexed=False)
 
 
 @contextmanager
@@ -72,8 +75,11 @@ def test_one_copy_leaves_the_registry_and_a_few_the_superpeer(base: Path, image:
     with crowd(base, image, ALL, racks=4) as started:
         found = pulls(started, started.members).wait()
         assert wrong(found, image) == []
-        assert started.registry_copies() == pytest.approx(1.0, abs=0.01)
+        slowest = max(pulled.seconds for pulled in found.values())
         copies = started.superpeer_copies()
+        print(f"{SIZE >> 20} MiB, {ALL} nodes: {started.registry_copies():.3f} copies left the registry, "
+              f"{copies:.2f} the superpeer; all had it after {slowest:.1f} s")  # fmt: skip
+        assert started.registry_copies() == pytest.approx(1.0, abs=0.01)
         assert 1.0 <= copies <= 4.0, "1.14 where processors have time; who waits too long for a parent asks there too"
         status = started.members[0].status()
         assert status["proxy"]["served"]["bytes"] >= image.image.compressed_size

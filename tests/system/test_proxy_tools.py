@@ -29,7 +29,7 @@ from tests.lab.registry import HTPASSWD, PASSWORD, USER, DockerRegistry
 pytestmark = [pytest.mark.root, pytest.mark.programs("docker-registry", "skopeo", "ip"), pytest.mark.timeout(300)]
 
 PORT = 5000
-CROWD = int(os.environ.get("DADI_CROWD_IMAGE_MIB", "48")) << 20
+CROWD = int(os.environ.get("DADI_CROWD_IMAGE_MIB", "16")) << 20
 """Bytes of the image that twenty clients pull at once. The 200 MB of a real one take long where tests share two cores:
 DADI_CROWD_IMAGE_MIB=200 does it."""
 
@@ -192,10 +192,10 @@ def test_containerd_goes_to_the_registry_by_itself_when_the_superpeer_is_down(si
 
 
 @pytest.mark.programs("containerd", "ctr")
-def test_a_private_image_with_the_credentials_of_the_pull_and_not_without(site: Site) -> None:
+def test_a_private_image_and_a_push_with_the_credentials_of_the_client_and_not_without(site: Site) -> None:
     host = site.network.host("private")
     registry = registry_on(site.lab, host, "private", HTPASSWD)
-    proxy = ProxyProcess(site.lab, host, registry.host, name="proxy-private")
+    proxy = ProxyProcess(site.lab, host, registry.host, name="proxy-private", front='uploads = "pass"\nlogin = true\n')
     containerd = Containerd(site.lab, site.client, "containerd-d")
     try:
         site.image.push(f"{registry.host}/lab/app:1", prefix=site.client.prefix,
@@ -209,10 +209,26 @@ def test_a_private_image_with_the_credentials_of_the_pull_and_not_without(site: 
         path = f"/v2/lab/app/blobs/{site.image.layers[0].blob.digest}"
         assert site.client.get(host.address, 7072, path)[0] == 401, "cached, and still private"
         assert _status_with_password(site.client, proxy.address, path) == 200
+        _push_through(site, proxy.address, registry)
     finally:
         containerd.stop()
         proxy.stop()
         registry.stop()
+
+
+def _push_through(site: Site, address: str, registry: DockerRegistry) -> None:
+    """Push with skopeo, of which uploads are passed on to the registry: without the password, with it; and pull."""
+    image = images.synthetic(site.lab.root / "pushed", layers=2, size=1 << 20, seed=7)
+    copy = ("skopeo", "--insecure-policy", "copy", "--dest-tls-verify=false", f"oci:{image.layout}:{image.tag}",
+            f"docker://{address}/lab/pushed:1")  # fmt: skip
+    refused = subprocess.run([*site.client.prefix, *copy, "--dest-no-creds"], capture_output=True, check=False)
+    assert refused.returncode != 0
+    site.run(*copy, "--dest-creds", f"{USER}:{PASSWORD}")
+    raw = site.run("skopeo", "inspect", "--raw", "--tls-verify=false", "--creds", f"{USER}:{PASSWORD}",
+                   f"docker://{registry.host}/lab/pushed:1")  # fmt: skip
+    assert [layer["digest"] for layer in json.loads(raw)["layers"]] == [layer.blob.digest for layer in image.layers]
+    site.run("skopeo", "--insecure-policy", "copy", "--src-tls-verify=false", "--src-creds", f"{USER}:{PASSWORD}",
+             f"docker://{address}/lab/pushed:1", f"dir:{site.lab.root / 'pulled'}")  # fmt: skip
 
 
 def _status_with_password(client: Host, address: str, path: str) -> int:

@@ -28,8 +28,11 @@ PURE = [
     "dadi/peers/health.py", "dadi/peers/owners.py", "dadi/peers/frames.py", "dadi/peers/hops.py",
     "dadi/peers/stream.py", "dadi/prefetch/life.py", "dadi/prefetch/manifests.py", "dadi/prefetch/messages.py",
     "dadi/prefetch/nodes.py", "dadi/prefetch/plan.py", "dadi/prefetch/rate.py", "dadi/prefetch/when.py",
-    "superpeer/directory.py", "superpeer/tree.py", "dadi/simulate/bounds.py", "dadi/simulate/events.py",
+    "superpeer/directory.py", "superpeer/groups.py", "dadi/peers/directory.py", "dadi/peers/tree.py",
+    "dadi/peers/group.py", "dadi/simulate/bounds.py", "dadi/simulate/events.py",
     "dadi/simulate/settings.py", "dadi/prefetch/trace.py", "dadi/prefetch/trace_json.py",
+    "dadi/prefetch/trace_artifact.py", "superpeer/traces_sampling.py",
+    "dadi/units/texts.py", "dadi/versions.py",
     "dadi/originals/caller.py", "dadi/originals/byte_range.py", "registry_proxy/paths.py",
 ]  # fmt: skip
 IMPURE = {"asyncio", "socket", "time", "os", "threading", "aiohttp", "subprocess", "pathlib", "random"}

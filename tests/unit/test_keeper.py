@@ -204,8 +204,10 @@ def test_a_state_comes_back_as_it_was() -> None:
 
 def test_a_newer_version_is_refused_and_keys_that_it_adds_are_not() -> None:
     text = state.encode(OFFERED, 1 << 20, "0:55")
-    with pytest.raises(Unsupported, match="version 2; this one knows version 1"):
+    with pytest.raises(Unsupported, match="has version 2; this dadi knows version 1"):
         state.decode(b'{"version": 2, "all": "else"}')
+    with pytest.raises(Unsupported, match="has version 3, for version 2 or newer; this dadi knows version 1"):
+        state.decode(b'{"version": 3, "since": 2, "all": "else"}')
     assert state.decode(text[:-1] + b', "more": [1]}') == state.decode(text)
 
 

@@ -32,6 +32,7 @@ class FakeLine:
         self.world = world
         self.name = name
         self.wire_bytes = 0
+        self.scattered = False
         self.script: list[str | DadiError] = ["send"]
         self.asked: list[tuple[range, Urgency, int]] = []
         self.cancelled = 0

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dadi.errors import AccessDenied, DadiError, DigestMismatch, NotFound, StoreFull, Unavailable
+from dadi.blobs.single_flight import runs
+from dadi.errors import AccessDenied, DadiError, DigestMismatch, InvalidRequest, NotFound, StoreFull, Unavailable
 from dadi.peers import stream
 
 
@@ -63,3 +64,25 @@ def test_odd_times_are_bounded_or_none(said: bytes) -> None:
     _, after, instead = stream.error_of(body, "peer")
     assert after is None or 0 <= after <= 86400
     assert instead == ""
+
+
+@given(chunks=st.sets(st.integers(0, 999), min_size=1, max_size=60).map(sorted))
+def test_chunks_asked_for_are_those_that_were_named(chunks: list[int]) -> None:
+    assert stream.chunks_of(stream.chunks_text(runs(chunks)), 1000, 60) == chunks
+
+
+@given(text=st.text(alphabet="0123456789-,٣ x", max_size=30))
+def test_a_header_names_chunks_of_the_blob_ascending_and_not_too_many_or_is_refused(text: str) -> None:
+    try:
+        found = stream.chunks_of(text, 50, 10)
+    except InvalidRequest:
+        return
+    assert 0 < len(found) <= 10
+    assert found == sorted(set(found))
+    assert found[-1] < 50
+
+
+@pytest.mark.parametrize("text", ["", ",", "3,2", "3-2", "1,1", "50", "0-49", "-1", "1-", "0-999999999", "1, 2", "٣"])
+def test_what_names_no_chunks_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest):
+        stream.chunks_of(text, 50, 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from dadi.fallbacks import Fallbacks
 from dadi.oci.config import RegistryConfig
 from dadi.oci.reference import Reference
 from dadi.oci.registry import RegistryClient
+from dadi.originals import away
 from dadi.originals.access import Access
 from dadi.originals.away import Away
 from dadi.originals.caller import ANYBODY, Caller
@@ -41,9 +43,9 @@ class Site:
         self.registry = Registry()
         self.fallbacks = Fallbacks()
         self.records = Records(directory, most=100, clock=lambda: self.now)
-        away = Away(patience=0.05, clock=lambda: self.now)
+        absent = Away(patience=0.05, clock=lambda: self.now)
         self.config = OriginalsConfig(access_ttl=60.0, stale=3600.0)
-        self.access = Access(self.registry, self.config, self.records, away, self.fallbacks, lambda: self.now)
+        self.access = Access(self.registry, self.config, self.records, absent, self.fallbacks, lambda: self.now)
 
     async def check(self, caller: Caller) -> None:
         mine = {caller.key: caller, "": ANYBODY}
@@ -137,3 +139,92 @@ async def test_that_something_is_missing_is_no_permission(site: Site) -> None:
         await site.access.check(REF, ANNE, probe)
     with pytest.raises(LoginRequired):
         await site.check(ANNE)
+
+
+# ---- a registry that hangs
+
+
+class Hanging(Site):
+    """Asks nothing that ends before the test lets it: `gate`."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def check(self, caller: Caller) -> None:
+        mine = {caller.key: caller, "": ANYBODY}
+
+        async def probe(client: RegistryClient) -> None:
+            key = next(key for key in mine if self.access.client(REF.registry, mine[key]) is client)
+            self.registry.asked.append(key)
+            await self.gate.wait()
+            if key not in self.registry.allowed:
+                raise AccessDenied("no")
+
+        await self.access.check(REF, caller, probe)
+
+
+@pytest.fixture
+async def hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Hanging]:
+    monkeypatch.setattr(away, "_LONGEST", 0.3)
+    monkeypatch.setattr(away, "_LONGEST_AWAY", 0.1)
+    site = Hanging(tmp_path / "records")
+    await site.records.load()
+    yield site
+    site.gate.set()
+    await site.access.close()
+
+
+async def test_who_was_accepted_goes_on_without_waiting_for_a_registry_that_hangs(hanging: Hanging) -> None:
+    hanging.registry.allowed = {ANNE.key}
+    await hanging.check(ANNE)
+    hanging.registry.asked.clear()
+    hanging.now += 100
+    hanging.gate.clear()
+    async with asyncio.timeout(5):
+        for _ in range(3):
+            await hanging.check(ANNE)
+    assert hanging.registry.asked == [ANNE.key], "one question for all, and none on behalf of everybody"
+
+
+async def test_who_was_not_accepted_is_told_in_time_that_the_registry_hangs(hanging: Hanging) -> None:
+    hanging.gate.clear()
+    async with asyncio.timeout(5):
+        for caller in (ANNE, ANNE, BOB):
+            with pytest.raises(Unavailable):
+                await hanging.check(caller)
+    assert hanging.registry.asked == ["", ANNE.key, BOB.key], "what is asked already is not asked again"
+    hanging.gate.set()
+    hanging.registry.allowed = {ANNE.key}
+    async with asyncio.timeout(5):
+        while not hanging.access._granted:
+            await asyncio.sleep(0.005)
+    await hanging.check(ANNE)
+
+
+async def test_what_everybody_may_read_is_served_while_the_registry_hangs(hanging: Hanging) -> None:
+    hanging.registry.allowed = {""}
+    await hanging.check(ANYBODY)
+    hanging.now += 100
+    hanging.gate.clear()
+    async with asyncio.timeout(5):
+        for caller in (ANNE, BOB, ANYBODY):
+            await hanging.check(caller)
+    assert hanging.registry.asked == ["", ""]
+
+
+async def test_clients_with_credentials_are_closed_and_gone_in_the_end(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[RegistryClient] = []
+
+    async def close(client: RegistryClient) -> None:
+        closed.append(client)
+
+    monkeypatch.setattr(Registry, "close", close)
+    clients = [site.access.client(REF.registry, Caller(f"Bearer {number}")) for number in range(300)]
+    assert len(site.access._clients) == 256
+    await site.access.close()
+    assert {id(one) for one in closed} == {id(one) for one in clients}
+    assert len(site.access._clients) == 0

@@ -18,6 +18,7 @@ from dadi.errors import DadiError, DigestMismatch, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import table_of
 from dadi.originals.arriving import Arriving
+from dadi.originals.intake import Intake
 from dadi.originals.original import Original, Passing
 
 DATA = Random(1).randbytes(1_000_000)
@@ -163,3 +164,58 @@ def test_what_passes_by_is_exactly_the_range(data: bytes, size: int, draw: st.Da
             await read(Passing(digests.of(data), len(data), again), 0, max(1, len(data)))
 
     asyncio.run(once())
+
+
+async def test_who_comes_when_nobody_reads_it_any_more_reads_what_was_kept(store: DiskBlobs) -> None:
+    stream = Stream(pieces_of(DATA))
+    blob, ended = arriving(store, stream)
+    stream.go()
+    await ended.wait()
+    await blob.settled()
+    while blob._fd >= 0:
+        await asyncio.sleep(0)
+    assert await read(blob, 7, 100_000) == DATA[7:100_007]
+
+
+async def test_who_comes_when_it_was_not_kept_is_told_so(store: DiskBlobs) -> None:
+    stream = Stream(pieces_of(DATA[:500_000]), Unavailable("the registry has gone"))
+    blob, ended = arriving(store, stream)
+    stream.go()
+    await ended.wait()
+    await blob.close()
+    with pytest.raises(Unavailable, match="has gone"):
+        await read(blob)
+
+
+async def test_what_is_here_can_be_looked_at_but_not_its_last_byte(store: DiskBlobs) -> None:
+    stream = Stream(pieces_of(DATA))
+    blob, ended = arriving(store, stream)
+    assert await blob.head(0, 100) == b""
+    stream.go(2)
+    while blob.here < 200_000:
+        await asyncio.sleep(0)
+    assert await blob.head(199_990, 100) == DATA[199_990:200_000]
+    assert await blob.head(300_000, 100) == b""
+    stream.go()
+    while blob.here < len(DATA):
+        await asyncio.sleep(0)
+    assert await blob.head(len(DATA) - 5, 100) in (DATA[-5:-1], b"")
+    await ended.wait()
+    assert await blob.head(0, 100) == b"", "nobody needs it any more"
+
+
+async def test_a_second_arrival_of_the_same_blob_joins_the_first(store: DiskBlobs) -> None:
+    streams = [Stream(pieces_of(DATA)), Stream(pieces_of(DATA))]
+    intake = Intake(store, Fallbacks(), lambda: 1000.0)
+    first = intake.begin(DIGEST, len(DATA), lambda distrust: streams[0]())
+    second = intake.begin(DIGEST, len(DATA), lambda distrust: streams[1]())
+    readers = [asyncio.create_task(read(blob)) for blob in (first, second)]
+    for stream in streams:
+        stream.go()
+    async with asyncio.timeout(10):
+        assert [await reader for reader in readers] == [DATA, DATA]
+    async with asyncio.timeout(10):
+        while intake.busy:
+            await asyncio.sleep(0.005)
+    assert (intake.blobs, streams[1].closed) == (1, False)
+    await intake.close()

@@ -93,7 +93,34 @@ def test_more_than_one_layer_has_more_than_one_tree_and_owner() -> None:
     world.run()
     assert len({owners[0] for owners in world.owners}) > 1
     for blob, owners in zip(world.blobs, world.owners, strict=True):
-        assert len(world.directories[owners[0]].tree(blob)) == 20
+        delegate = world.nodes[0].group.delegates(blob)[0]
+        assert len(world.desks[delegate].tree(blob)) == 20
+        assert len(world.directories[owners[0]].tree(blob)) == 1, "the rack's root"
+    assert world.registry.sent_bytes == SMALL.startup_size
+
+
+def test_a_large_peaks_joins_are_shared_out_among_racks() -> None:
+    peak = msgspec.structs.replace(SMALL, nodes=200, racks=10, join_time=0.002, root_slots=2, slots=2)
+    found = simulate(peak)
+    assert found.outer == 10
+    assert found.node_busy < 30 * 0.002, "twenty joins, and heartbeats"
+    at_once = simulate(msgspec.structs.replace(peak, join_time=0.0))
+    assert found.last < at_once.last + 0.1
+    assert found.last < 200 * 0.002 + at_once.startup.p50, "one after the other it would take that"
+    assert found.superpeer_copies == 2.0
+    assert found.rack_copies.most == 1.0
+
+
+def test_racks_whose_delegate_is_dead_join_all_the_same() -> None:
+    world = World(msgspec.structs.replace(SMALL, nodes=40, racks=4, slots=2, join_time=0.001))
+    dead = {node.group.delegates(world.blobs[0])[0] for node in world.nodes}
+    for node in world.nodes:
+        if node.name in dead:
+            node.die()
+            world.finished(node)
+    world.run()
+    assert all(node.program_at < 5 for node in world.nodes if node.name not in dead)
+    assert len(dead) == 4
     assert world.registry.sent_bytes == SMALL.startup_size
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from dadi.errors import AlreadyExists, Conflict, DadiError, InvalidRequest, Malformed, NotFound, StoreFull, Unsupported
-from dadi.snapshotter.db import Database, Lineage, NotedMount, open_database
+from dadi.snapshotter.db import VERSION, Database, Lineage, NotedMount, open_database
 from dadi.snapshotter.model import Kind, LazyLayer, Usage
 
 IMAGE = "sha256:" + "11" * 32
@@ -178,6 +178,30 @@ def test_another_program_s_or_a_newer_file_is_not_touched(tmp_path: Path) -> Non
     other.close()
     with pytest.raises(Unsupported, match="version 99"):
         open_database(tmp_path, replace_damaged=True)
+
+
+def test_a_file_of_the_version_after_this_one_is_used_if_it_says_so_and_else_left_as_it_is(tmp_path: Path) -> None:
+    def newer(*statements: str) -> None:
+        other = sqlite3.connect(tmp_path / "metadata.db")
+        for statement in (*statements, f"PRAGMA user_version = {VERSION + 1}"):
+            other.execute(statement)
+        other.commit()
+        other.close()
+
+    open_database(tmp_path).close()
+    newer("ALTER TABLE snapshots ADD COLUMN more TEXT NOT NULL DEFAULT 'x'", "CREATE TABLE compatible (since INTEGER)",
+          f"INSERT INTO compatible VALUES ({VERSION})")  # fmt: skip
+    db = open_database(tmp_path)
+    db.create(1, Kind.ACTIVE, "new", "", {})
+    db.close()
+    db = open_database(tmp_path)
+    assert [info.name for info in db.all()] == ["new"]
+    db.close()
+    newer(f"UPDATE compatible SET since = {VERSION + 1}")
+    before = (tmp_path / "metadata.db").read_bytes()
+    with pytest.raises(Unsupported, match=f"version {VERSION + 1}; this dadi knows version {VERSION}"):
+        open_database(tmp_path, replace_damaged=True)
+    assert (tmp_path / "metadata.db").read_bytes() == before
 
 
 def test_a_full_disk_is_store_full_and_undoes_the_transaction(db: Database) -> None:

@@ -94,6 +94,72 @@ def test_a_node_that_could_not_watch_a_blob_does_not_vote_on_it() -> None:
     assert (B, 3) in chunks_of(merged(*both, *half))
 
 
+def test_a_start_that_could_watch_less_than_the_last_one_of_its_node_does_not_undo_it() -> None:
+    whole = recording("n", (A, 1), (B, 7), (A, 2), (B, 8))
+    later = recording("n", (B, 7), (B, 8), (B, 9), blobs=(B,))
+    (group,) = merged(whole, later).groups
+    assert chunks_of(merged(whole, later)) == [(A, 1), (B, 7), (A, 2), (B, 8), (B, 9)]
+    assert group.recordings == 1
+    assert merged(whole, later) == merged(whole, later, later)
+
+
+def test_starts_that_could_watch_little_do_not_push_out_the_one_that_watched_all() -> None:
+    whole = recording("n", (A, 1), (B, 7), (A, 2), (B, 8))
+    few = [recording(f"m{n}", (A, 1), (A, 2), blobs=(A,)) for n in range(3 * trace.MOST_IN_GROUP)]
+    assert chunks_of(merged(whole, *few)) == [(A, 1), (B, 7), (A, 2), (B, 8)]
+    assert len(kept(whole, *few).recordings) == trace.MOST_IN_GROUP
+
+
+def test_what_was_read_after_a_layer_became_local_was_perhaps_read() -> None:
+    whole = [(A, chunk) for chunk in range(10)]
+    cut = [msgspec.structs.replace(recording(f"m{n}", *whole[:2]), partial=(0,)) for n in range(7)]
+    assert chunks_of(merged(recording("n", *whole), *cut)) == whole
+    other = recording("o", *((A, chunk) for chunk in range(20, 30)))
+    assert [group.recordings for group in merged(recording("n", *whole), other, *cut).groups] == [8, 1]
+
+
+def subsets(of: list[str], least: int = 0) -> st.SearchStrategy[set[str]]:
+    return st.sets(st.sampled_from(of), min_size=least)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdefghijklmnop"), subsets([A, B, C], 1), subsets([A, B, C]),
+                          st.integers(0, 29)), max_size=20), st.integers(0, 20), st.randoms(use_true_random=False))
+def test_starts_that_saw_a_part_never_make_the_trace_of_a_whole_one_worse(
+    nodes: list[tuple[str, set[str], set[str], int]], place: int, source: random.Random
+) -> None:
+    """A model: all nodes run one program; some have layers that they cannot watch, or not beyond some read of it."""
+    order = [(blob, chunk) for blob in (A, B, C) for chunk in range(10)]
+    source.shuffle(order)
+    whole = recording("z", *order, blobs=(A, B, C))
+    others = []
+    for node, watched, cut, until in nodes:
+        blobs = tuple(sorted(watched))
+        seen = [(chunk, 10 * at) for at, chunk in enumerate(order)
+                if chunk[0] in watched and (chunk[0] not in cut or at < until)]  # fmt: skip
+        first = seen[0][1] if seen else 0
+        steps = tuple((blobs.index(blob), chunk, at - first) for (blob, chunk), at in seen)
+        places = tuple(place for place, blob in enumerate(blobs) if blob in cut)
+        if steps:
+            others.append(Recording(node, tuple((blob, SIZE) for blob in blobs), steps, places))
+    place = min(place, len(others))
+    found = merged(*others[:place], whole, *others[place:])
+    assert len(found.groups) == 1
+    assert chunks_of(found) == order
+    assert trace.decode(trace.encode(kept(*others, whole)), Kept).recordings[-1] == whole
+
+
+def test_what_was_borrowed_is_the_trace_until_starts_here_say_otherwise() -> None:
+    shipped = merged(recording("n", *((A, chunk) for chunk in range(10))))
+    borrowed = trace.borrowed(shipped)
+    assert merged(*borrowed).groups == shipped.groups
+    here = [recording(f"m{n}", *((A, chunk) for chunk in range(2, 12))) for n in range(3)]
+    assert (A, 0) in chunks_of(merged(*borrowed, here[0]))
+    assert chunks_of(merged(*borrowed, *here)) == [(A, chunk) for chunk in range(2, 12)]
+    other = recording("o", (B, 1), (B, 2))
+    assert chunks_of(merged(*borrowed, *borrowed, other)) == [(B, 1), (B, 2)], "what was seen here comes first"
+    assert [group.recordings for group in merged(*borrowed, *here, other).groups] == [3, 1]
+
+
 def test_a_layer_that_is_in_chunks_of_another_size_now_is_learnt_anew() -> None:
     other = Recording("m", ((A, 2 * SIZE),), ((0, 1, 0),))
     found = merged(recording("n", (A, 1), (B, 1)), other)
@@ -168,6 +234,8 @@ def test_a_trace_with_a_changed_byte_is_another_trace_or_malformed(at: int, chan
         Trace(MANIFEST, ((A, SIZE),), (Group(1, ((0, -1, 0),)),)),
         Message(MANIFEST, Recording("n", ((A, SIZE),), ((1, 0, 0),))),
         Message(MANIFEST, Recording("n" * 200, (), ())),
+        Message(MANIFEST, Recording("n", ((A, SIZE),), ((0, 0, 0),), (1,))),
+        Kept(MANIFEST, (Recording("n", ((A, SIZE),), ((0, 0, 0),), (0, 7)),)),
     ],
 )
 def test_what_contradicts_itself_or_breaks_a_limit_is_malformed(wrong: Any) -> None:

@@ -65,6 +65,14 @@ def test_what_was_exported_can_be_imported_and_is_readable_line_by_line(node: No
     assert node.calls[-1][:2] == ("DELETE", {"image": "app:1", "platform": "linux/arm64"})
 
 
+def test_what_belongs_to_push_is_refused_without_it(node: Node) -> None:
+    for option in (("--plain-http",), ("--sign-key", "key.pem"), ("--config", "cli.toml")):
+        done = CliRunner().invoke(cli, ["trace", "export", "app:1", *option])
+        assert done.exit_code == 2
+        assert "belong to --push" in done.output
+    assert node.calls == []
+
+
 def test_nothing_learnt_yet_and_files_that_are_no_trace(node: Node, tmp_path: Path) -> None:
     node.found = None
     assert "nothing was learnt yet" in dadi("show", "app:1")

@@ -62,6 +62,28 @@ async def test_misses_and_hits_are_recorded_in_order_with_times(world: World) ->
     assert {digest for digest, _ in found.blobs} == {A.digest, B.digest}
 
 
+async def test_a_layer_that_becomes_local_in_the_middle_was_watched_in_part(world: World) -> None:
+    local = set()
+    recorder = Recorder(world.marks.get, is_local=local.__contains__, clock=lambda: world.now, sleep=world.sleep)
+    window = recorder.open([A, B])
+    assert window is not None
+    world.hit(A, 3)
+    recorder.look()
+    del world.marks[A.digest]
+    local.add(A.digest)
+    world.hit(B, 4)
+    recorder.look()
+    found = window.recording("n")
+    assert [found.blobs[place][0] for place in found.partial] == [A.digest]
+    assert found.watched() == window.watched == {B.digest}
+    assert found.chunks() == [(A.digest, 3), (B.digest, 4)]
+    del world.marks[B.digest]
+    recorder.look()
+    assert window.closed.is_set()
+    assert window.watched == {B.digest}, "it was unmounted: there was nothing more to see"
+    await recorder.close()
+
+
 async def test_a_window_ends_when_it_is_quiet(world: World) -> None:
     window = world.recorder.open([A])
     assert window is not None

@@ -224,8 +224,11 @@ class Tree:
         """Put a member on the lists where it belongs now, and off the others."""
         peer = member.node.peer
         listable = member.depth < self._max_depth and member.node.fit
-        near = member.depth if listable and member.near < peer.slots else _NOT_LISTED
-        far = member.depth if listable and member.far < min(self._far_slots, peer.slots) else _NOT_LISTED
+        most_far = min(max(self._far_slots, peer.far), peer.slots) if self._far_slots else 0
+        # Who gives to more racks than others is a group's root: it takes one less of its own, in the group's tree.
+        most_near = max(1, peer.slots - most_far + self._far_slots) if member.rooted and peer.slots else peer.slots
+        near = member.depth if listable and member.near < most_near else _NOT_LISTED
+        far = member.depth if listable and member.far < most_far else _NOT_LISTED
         if near != member.near_listed:
             listed = self._near.setdefault((peer.zone, peer.rack), {})
             member.near_listed = _relisted(listed, member, member.near_listed, near)

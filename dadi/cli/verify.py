@@ -1,0 +1,153 @@
+"""`dadi verify`: everything on disk against its digests, through the node that runs, or in a store that nobody uses."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from dadi import config
+from dadi.cli import show
+from dadi.cli.client import NodeClient, as_json, node_socket
+from dadi.errors import ConfigError, Conflict, InvalidRequest, NotFound, Unavailable
+
+NODE, SUPERPEER = "/var/lib/dadi/node", "/var/lib/dadi/superpeer"
+
+
+class _Rate(click.ParamType[float]):
+    name = "rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            return config.quantity(str(value), config.RATE)
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
+
+
+@click.command()
+@click.option("--repair", is_flag=True, help="Fetch at once what was thrown away (through the node that runs).")
+@click.option("--state", metavar="DIR", help="Look at the store below this state directory, of a node, superpeer or "
+              "proxy that does not run. Default: ask the node; if none answers, its default directory.")  # fmt: skip
+@click.option("--superpeer", is_flag=True, help=f"The same as --state {SUPERPEER}.")
+@click.option("--rate", type=_Rate(), default=None, metavar="RATE",
+              help="Read so fast at most. Default: 100MiB of a node that runs, else any.")  # fmt: skip
+@node_socket
+@as_json
+def verify(
+    repair: bool, state: str | None, superpeer: bool, rate: float | None, node_socket: str, as_json: bool
+) -> None:
+    """Check everything on disk against its digests; throw away what is wrong. Exit status 0: all is right (again).
+
+    Each chunk by its chunk table, whole blobs by their digests, small files by their formats. A wrong chunk is missing
+    from then on: it is fetched when it is read, and no device gives out a byte of it.
+    """
+    if superpeer and state:
+        raise InvalidRequest("--superpeer and --state name two directories")
+    place = SUPERPEER if superpeer else state
+    bad: list[dict[str, Any]] = []
+    counts: dict[str, Any] = {}
+    with show.LongWork("verifying", quiet=as_json) as progress:
+        for event in _events(place, node_socket, repair, rate):
+            match event.get("event"):
+                case "bad":
+                    bad.append(event)
+                case "verified":
+                    counts = event
+                case _:
+                    progress.event(event)
+    if as_json:
+        click.echo(msgspec.json.encode({**counts, "bad": bad}))
+    else:
+        _show(counts, bad)
+    left = any(not event.get("repaired") for event in bad)
+    sys.exit(1 if left else 0)
+
+
+def _events(place: str | None, socket: str, repair: bool, rate: float | None) -> Iterator[dict[str, Any]]:
+    if place is None:
+        parameters = {"repair": "1" if repair else "0", "rate": str(100 << 20 if rate is None else rate)}
+        events = NodeClient(socket).events("POST", "/v1/verify", parameters)
+        try:
+            yield next(events)
+        except Unavailable:
+            if not Path(NODE, "store").is_dir():
+                raise
+            click.echo(f"no node answers on {socket}: looking at {NODE} by itself", err=True)
+            place = NODE
+        else:
+            yield from events
+            return
+    yield from _offline(Path(place), rate or 0.0)
+
+
+def _offline(state: Path, rate: float) -> Iterator[dict[str, Any]]:
+    from dadi.node.state_files import check
+    from dadi.node.verifying import bad_blob, bad_file
+
+    if not (state / "store" / "blobs").is_dir():
+        raise NotFound(f"there is no store in {state}", hint="--state names a directory like /var/lib/dadi/node")
+    counts = {"blobs": 0, "bytes": 0, "bad_blobs": 0, "bad_chunks": 0, "repaired": 0, "bad_files": 0}
+    with asyncio.Runner() as runner:
+        events = _looked_at(state, rate)
+        try:
+            while (checked := runner.run(anext(events, None))) is not None:
+                if isinstance(checked, dict):
+                    yield checked
+                    continue
+                counts["blobs"] += 1
+                counts["bytes"] += checked.bytes
+                if checked.why:
+                    counts["bad_blobs"] += 1
+                    counts["bad_chunks"] += len(checked.bad)
+                    yield {**bad_blob(checked), "outcome": "fetched again when it is needed", "repaired": False}
+        finally:
+            runner.run(events.aclose())
+    for damaged in check(state):
+        counts["bad_files"] += 1
+        yield bad_file(damaged)
+    yield {"event": "verified", **counts}
+
+
+async def _looked_at(state: Path, rate: float) -> AsyncGenerator[Any, None]:
+    """Yield what `dadi.blobs.verifying` finds, and "progress" events; the store is locked meanwhile."""
+    from dadi import state_version
+    from dadi.blobs.disk import DiskBlobs
+    from dadi.blobs.verifying import Pace
+    from dadi.blobs.verifying import verify as verified
+
+    await asyncio.to_thread(state_version.check, state)  # before a store throws away what it does not understand
+    try:
+        store = await asyncio.to_thread(DiskBlobs, state / "store")
+    except Conflict as error:
+        hint = "a node is asked by its socket, without --state; a superpeer must be stopped"
+        raise Conflict(error.message, hint=hint) from None
+    done = 0
+
+    def on_bytes(length: int) -> None:
+        nonlocal done
+        done += length
+
+    try:
+        total = store.statistics()["bytes"]
+        async for checked in verified(store, Pace(rate), on_bytes):
+            yield {"event": "progress", "stage": "reading the store", "bytes": done, "total": total}
+            yield checked
+    finally:
+        await store.close()
+
+
+def _show(counts: dict[str, Any], bad: list[dict[str, Any]]) -> None:
+    for event in bad:
+        what = event.get("blob") or event.get("file")
+        click.echo(f"BAD {what}: {event['why']}; {event['outcome']}")
+        if event.get("images"):
+            images = ", ".join(event["images"])
+            click.echo(f"    containers of {images} may have read them: restart these to be sure")
+    click.echo(f"{counts['blobs']} blobs, {show.size(counts['bytes'])} were read: " + (
+        "all is as its digests say" if not bad else f"{counts['bad_blobs']} blobs bad ({counts['bad_chunks']} chunks), "
+        f"{counts['repaired']} repaired; {counts['bad_files']} files bad"))  # fmt: skip

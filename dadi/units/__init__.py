@@ -1,0 +1,1 @@
+"""systemd units of our daemons: `texts` has them, `install` writes them."""

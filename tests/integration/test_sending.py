@@ -1,0 +1,128 @@
+"""Bytes of a file on their way to a socket: slow readers, cold pages, readers that go, a file that is too short."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from dadi.blobs import answering
+
+DATA = random.Random(1).randbytes(9 << 20)
+SIZE = len(DATA)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "file"
+    path.write_bytes(DATA)
+    return path
+
+
+@contextlib.asynccontextmanager
+async def serving(file: Path, ended: asyncio.Queue[str], said: int = SIZE) -> AsyncIterator[int]:
+    """Serve a file as one that has `said` bytes; yields the port. `ended` gets how each answer ended."""
+    fd = await asyncio.to_thread(os.open, file, os.O_RDONLY)
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Length": str(said)})
+        await response.prepare(request)
+        try:
+            await answering.send_file(request, fd, 0, said)
+            ended.put_nowait("")
+        except ConnectionResetError as error:
+            ended.put_nowait(str(error))
+            if request.transport is not None:
+                request.transport.abort()
+        return response
+
+    app = web.Application()
+    app.router.add_get("/", handle)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+        os.close(fd)
+
+
+async def ask(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 16)
+    writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    await reader.readuntil(b"\r\n\r\n")
+    return reader, writer
+
+
+@pytest.mark.parametrize("cold", [False, True])
+async def test_slow_readers_get_all_of_it_also_where_pages_are_cold(
+    file: Path, monkeypatch: pytest.MonkeyPatch, cold: bool
+) -> None:
+    if cold:
+        turns = itertools.cycle([True, False, False])
+        monkeypatch.setattr(answering, "_in_page_cache", lambda *_: next(turns))
+    ended: asyncio.Queue[str] = asyncio.Queue()
+
+    async def read(port: int) -> bytes:
+        reader, writer = await ask(port)
+        found = bytearray()
+        while len(found) < SIZE:
+            piece = await reader.read(100_000)
+            assert piece
+            found += piece
+            await asyncio.sleep(0)  # others have their turn: the sender finds the socket full again and again
+        writer.close()
+        return bytes(found)
+
+    async with serving(file, ended) as port:
+        descriptors = len(os.listdir("/proc/self/fd"))
+        found = await asyncio.gather(*(read(port) for _ in range(4)))
+        assert [await ended.get() for _ in range(4)] == [""] * 4
+        assert set(found) == {DATA}
+        async with asyncio.timeout(10):
+            while len(os.listdir("/proc/self/fd")) > descriptors:
+                await asyncio.sleep(0.01)
+
+
+async def test_a_reader_that_goes_in_the_middle_ends_it(file: Path) -> None:
+    ended: asyncio.Queue[str] = asyncio.Queue()
+    async with serving(file, ended) as port, asyncio.timeout(10):
+        reader, writer = await ask(port)
+        await reader.readexactly(100_000)
+        writer.transport.abort()
+        assert await ended.get()
+
+
+async def test_a_file_that_is_shorter_than_it_should_be_cuts_the_answer_off(file: Path) -> None:
+    ended: asyncio.Queue[str] = asyncio.Queue()
+    async with serving(file, ended, SIZE + 1000) as port, asyncio.timeout(10):
+        reader, writer = await ask(port)
+        with contextlib.suppress(ConnectionResetError):
+            assert len(await reader.read(SIZE + 1)) <= SIZE
+            while await reader.read(1 << 20):
+                pass
+        assert "shorter" in await ended.get()
+        writer.close()
+
+
+async def test_who_is_cancelled_leaves_nothing_behind(file: Path) -> None:
+    ended: asyncio.Queue[str] = asyncio.Queue()
+    async with serving(file, ended) as port, asyncio.timeout(10):
+        reader, writer = await ask(port)
+        await reader.readexactly(100_000)
+        sending = [task for task in asyncio.all_tasks() if "RequestHandler" in repr(task)]
+        assert sending
+        for task in sending:
+            task.cancel()
+        await asyncio.gather(*sending, return_exceptions=True)
+        writer.close()
+    assert ended.empty()
