@@ -1,7 +1,7 @@
 # Every verb makes itself ready first (scripts/setup, quick when there is nothing to do).
 PYTHON := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench proto clean
+.PHONY: help setup demo test check bench faults soak fuzz proto clean
 
 help:           ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */make \1\t/' | expand -t 14
@@ -21,6 +21,16 @@ check: setup    ## ruff and mypy
 
 bench: setup    ## measure speed and memory (root), write bench/results; ARGS="first_line" selects
 	@$(PYTHON) -m bench $(ARGS)
+
+faults: setup   ## break everything around running containers (root), print what their reads noticed; ARGS="registry --long"
+	@$(PYTHON) -m tests.faults $(ARGS)
+
+soak: setup     ## the fault suite's long form (root): an hour of churn in 256 MiB; ARGS="node" selects others
+	@$(PYTHON) -m tests.faults --long $(or $(ARGS),memory)
+
+fuzz: setup     ## fuzz what parses bytes from outside, a minute each; ARGS="tar token --seconds 600"
+	@$(PYTHON) -m pip install --quiet --constraint constraints.txt atheris
+	@$(PYTHON) -m tests.fuzz $(ARGS)
 
 proto: setup    ## make the gRPC modules from the .proto files anew
 	@scripts/proto
