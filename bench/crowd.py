@@ -4,7 +4,10 @@ N hosts behind links of the same rate, in network namespaces; a superpeer that h
 docker-registry with the image and its index (`dadi index`). On each host a dadi-node, with store, parents and peer
 server, that fetches the startup set in the order of a trace, eight runs of at most 1 MiB at a time; there is no FUSE
 mount and no program, which thirty-two times would be more than two processors can do (tests/lab/prefetching.py). All
-begin at the same moment. The baseline is the same with `peers.enabled = false`: N readers of one superpeer.
+begin at the same moment, which is when the clock starts: all are up then, and idle. What it measures is the same for
+each N: asking the superpeer for the image (and it the registry), token and image index, joining, the first connections,
+and then the startup set, until the last node has all of it in its store. The baseline is the same with
+`peers.enabled = false`: N readers of one superpeer.
 """
 
 from __future__ import annotations

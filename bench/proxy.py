@@ -94,7 +94,7 @@ def run(bench: Bench) -> None:
             _pull(client, proxy.host, 7072, blob, layer.size, 1, 1)  # now it has it
             for clients in _CLIENTS:
                 bench.say(f"{clients} clients, {what}")
-                each = times * 4 if clients == 1 else times
+                each = times * 4 if clients == 1 else times // 2
                 ours, theirs = alternately(
                     rounds, partial(_pull, client, proxy.host, 7072, blob, layer.size, clients, each),
                     partial(_pull, client, nginx.host, 80, "/file", layer.size, clients, each),

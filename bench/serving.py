@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import Bench, Row, alternately
+from dadi.blobs.layout import padded
 from tests.lab import images
 from tests.lab.cleanup import Lab
 from tests.lab.network import Host, Network
@@ -112,11 +113,12 @@ class Nginx(Process):
 
 
 def _tar(lab: Lab, superpeer: Superpeer, size: int) -> Path:
-    """Return a copy of the blob from the superpeer's store."""
+    """Return a copy of the blob from the superpeer's store, where it is padded to 4096."""
     store = lab.root / superpeer.name / "state" / "store"
-    found = [file for file in store.rglob("*") if file.is_file() and file.stat().st_size == size]
+    found = [file for file in store.rglob("*") if file.is_file() and file.stat().st_size == padded(size)]
     copy = lab.root / "copy"
     subprocess.run(["cp", "--sparse=never", str(found[0]), str(copy)], check=True)
+    os.truncate(copy, size)
     return copy
 
 
