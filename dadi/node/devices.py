@@ -16,8 +16,9 @@ import asyncio
 import contextlib
 import enum
 import os
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
@@ -32,6 +33,7 @@ from dadi.node.in_kernel import in_kernel
 from fuse.session import Session
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 
 class DeviceState(enum.Enum):
@@ -46,6 +48,7 @@ class LazyFile:
     """A blob as a file of the FUSE mount (see `fuse.device.BackedFile`): hits from `fd`, misses by `read`."""
 
     def __init__(self, file: DeviceFile, chain: Chain, demand: Demand) -> None:
+        self.file = file
         self.blob = file.blob
         self.name = file.blob.digest[7:]
         self.size = file.size
@@ -86,6 +89,8 @@ class Device:
         self.state = DeviceState.LAZY
         self.users = 0
         self.error: str | None = None
+        self.file: DeviceFile | None = None
+        """The store's file, open and held for as long as the device is."""
         self.lazy_file: LazyFile | None = None
         self.loop: loop.LoopDevice | None = None
         self.resources = contextlib.ExitStack()
@@ -124,7 +129,7 @@ class Devices:
         self._devices: dict[str, Device] = {}
         self._changing = asyncio.Lock()
         self._left: dict[str, _Left] = {}
-        self._swaps: set[asyncio.Task[None]] = set()
+        self._swaps: set[asyncio.Task[Any]] = set()
         self._place = ""
 
     def __repr__(self) -> str:
@@ -170,6 +175,7 @@ class Devices:
         if left is not None and await in_kernel(self._over_fuse, blob, adopt or left.path):
             del self._left[blob.digest]
             device.lazy_file, device.resources = left.file, left.resources
+            device.file, device.blob = left.file.file, left.file.blob
             device.loop = left.loop
             if device.loop is None or adopt not in (None, left.path):
                 device.loop = await in_kernel(loop.adopt, adopt or left.path)
@@ -177,7 +183,7 @@ class Devices:
                     await in_kernel(left.loop.close)
             return
         await self._store.prepare(blob)
-        file = device.resources.enter_context(self._store.open_device(blob))
+        file = device.file = device.resources.enter_context(self._store.open_device(blob))
         if self._store.has(blob.digest):
             device.state = DeviceState.LOCAL
             open_loop = loop.adopt if adopt else loop.attach
@@ -226,16 +232,21 @@ class Devices:
                 self._session.abort(device.lazy_file.name)
             log.error("a device is broken", device=device.path, blob=device.blob.digest, why=str(error))
             return
+        await self._uncut(self._swap(device))
+
+    async def _uncut(self, swap: Coroutine[Any, Any, T]) -> T:
         # Not cut short by who asked for it: the kernel would go on, and would need us for its reads.
-        task = asyncio.create_task(self._swap(device))
+        task = asyncio.create_task(swap)
         self._swaps.add(task)
         task.add_done_callback(self._swaps.discard)
-        await asyncio.shield(task)
+        return await asyncio.shield(task)
 
     async def _swap(self, device: Device) -> None:
         async with self._changing:
             if device.loop is None or not device.users:
                 return
+            if not self._store.has(device.blob.digest):
+                return  # chunks were withdrawn meanwhile
             path = self._store.data_path(device.blob)
             try:
                 if not await in_kernel(device.loop.swap, str(path)):
@@ -245,7 +256,7 @@ class Devices:
                 self._fallbacks.note("device not swapped to the local file", f"{device.path}: {error.message}")
                 device.error = error.message
                 return
-            device.state = DeviceState.LOCAL
+            device.state, device.error = DeviceState.LOCAL, None
             if device.lazy_file:
                 await in_kernel(self._session.remove, device.lazy_file.name)
                 device.lazy_file = None
@@ -256,12 +267,16 @@ class Devices:
 
         The store must have withdrawn the chunks before; `complete` makes the device local again.
         """
+        return await self._uncut(self._demote(digest))
+
+    async def _demote(self, digest: str) -> bool:
         async with self._changing:
             device = self._devices.get(digest)
-            if device is None or device.state is not DeviceState.LOCAL or device.loop is None:
+            if device is None or device.state is not DeviceState.LOCAL or not device.loop or not device.file:
                 return False
-            file = device.resources.enter_context(self._store.open_device(device.blob))
-            device.lazy_file = LazyFile(file, self._chain, self._demand)
+            # The store's own chunk table: while the blob was whole, another may have done for the device.
+            device.blob = device.file.blob
+            device.lazy_file = LazyFile(device.file, self._chain, self._demand)
             self._session.add(device.lazy_file)
             path = Path(self._session.directory) / device.lazy_file.name
             try:

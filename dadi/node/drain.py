@@ -49,13 +49,16 @@ class Drain:
     being made or ended."""
 
     def __init__(self, store: DiskBlobs, devices: Devices, backfill: Backfill, serving: Serving | None,
-                 *, files: Callable[[], int], settled: Callable[[], bool]) -> None:  # fmt: skip
+                 *, files: Callable[[], int], settled: Callable[[], bool],
+                 lost: Callable[[], list[str]] = list) -> None:  # fmt: skip
+        """`lost` says which mounts could not be restored."""
         self._store = store
         self._devices = devices
         self._backfill = backfill
         self._serving = serving
         self._files = files
         self._settled = settled
+        self._lost = lost
         self._task: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()
         self._leaving = False
@@ -96,23 +99,27 @@ class Drain:
             await asyncio.sleep(_LOOK_EVERY)
         self._leaving = True  # not to be cut short: `resume` begins where this ends
         if self._serving:
-            await self._serving.stop_serving()
+            try:
+                await self._serving.stop_serving()
+            except Exception as error:  # whatever it is: no container depends on it, and `watch` must end
+                log.error("could not leave the other nodes in order", exc_info=error)
         self._left_trees = True
         log.info("drained: nothing depends on this process")
 
     async def end(self) -> None:
-        """Be an ordinary node again. Idempotent."""
+        """Be an ordinary node again. Idempotent. Raises, and it has ended, if other nodes cannot be served again."""
         async with self._changing:
             if self._task is None:
                 return
             await self._stop()
             await self._backfill.hurry(False)
-            if self._serving:
-                self._serving.refusing = False
-                if self._left_trees:
-                    await self._serving.resume()
+            left_trees = self._left_trees
             self._task, self._leaving, self._left_trees = None, False, False
             log.info("not draining any more")
+            if self._serving:
+                self._serving.refusing = False
+                if left_trees:
+                    await self._serving.resume()
 
     async def _stop(self) -> None:
         if self._task is not None:
@@ -152,8 +159,9 @@ class Drain:
 
     def _raise_if_hopeless(self) -> None:
         broken = [device for device in self._devices.all() if device.state is DeviceState.BROKEN]
-        if broken and not self._devices.lazy():
-            what = "; ".join(f"{device.path} ({device.blob.digest}): {device.error}" for device in broken)
+        what = "; ".join([f"{device.path} ({device.blob.digest}): {device.error}" for device in broken]
+                         + (self._lost() if self._files() else []))  # fmt: skip
+        if what and not self._devices.lazy():
             raise Conflict(f"cannot be drained: {what}", hint="unmount what has it, see `dadi status --devices`")
 
     def _stage(self) -> str:

@@ -222,9 +222,10 @@ class Mounts:
         `made`: the image is about to be started; set when it is mounted.
         """
         index = await self.metadata.index(record.answer)
-        self.admit(index)
         if record.layers:
             index = await self.metadata.prefix(index, record.layers, holds)
+        if made is not None:
+            self.admit(index)
         await self.metadata.hold(record.answer, index, holds)
         if made is not None and not record.layers:
             self.on_start(index, made)
@@ -511,6 +512,22 @@ class Mounts:
         self._mounts.clear()
 
     # ---- state
+
+    def lost(self) -> list[str]:
+        """Say of each mount that could not be restored where it is, and why."""
+        return [f"the mount at {directory} is lost: {why}" for directory, (_, why) in self._lost.items()]
+
+    async def metadata_again(self, digest: str) -> bool:
+        """Make the metadata of the lowest layers of an image again, which nobody else has; say whether it is such.
+
+        The store must lack some of it. Raises what upstream raises.
+        """
+        for mount in list(self._mounts.values()):
+            if mount.record.layers and mount.index.metadata.digest == digest:
+                with contextlib.ExitStack() as holds:
+                    await self.metadata.prefix(await self.metadata.index(mount.record.answer), mount.record.layers, holds)
+                return True
+        return False
 
     def settled(self) -> bool:
         """Say whether nothing is being mounted or unmounted."""

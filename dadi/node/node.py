@@ -157,7 +157,7 @@ class Node:
         self.mounts.predecessor_is_dying = lambda: lock.predecessor_is_dying
 
         self.drain = Drain(store, self.devices, self.backfill, self.peering, settled=self.mounts.settled,
-                           files=lambda: self.session.statistics()["files"])  # fmt: skip
+                           lost=self.mounts.lost, files=lambda: self.session.statistics()["files"])  # fmt: skip
         self.mounts.admit = self.drain.admit
         self.verifying = Verifying(self)
         self.startups = Startups(config.trace, store, self.chain, self.devices, self.demand, self._traces(),
