@@ -104,7 +104,10 @@ class Front:
         if request.method not in ("GET", "HEAD") or route.kind is Kind.UPLOAD:
             if self._config.uploads == "pass" and request.method in _PUSHES:
                 _check_identifier(repository, route)
-                return await self._forward(request, repository, route)
+                answer = await self._forward(request, repository, route)
+                if route.kind is Kind.MANIFEST and request.method in ("PUT", "DELETE") and answer.status < 300:
+                    await self._upstream.changed(paths.identified(repository, route.identifier))
+                return answer
             return _errors("UNSUPPORTED", "this is a mirror: push to the registry itself", None, 405,
                            {"Allow": "GET, HEAD"})  # fmt: skip
         caller = callers.parse(request.headers.get("Authorization"))

@@ -44,6 +44,10 @@ class Upstream(Protocol):
         """Return a blob of the repository."""
         ...
 
+    async def changed(self, ref: Reference) -> None:
+        """Hear that a manifest was pushed or deleted by us: what the registry said before is to be asked anew."""
+        ...
+
     async def challenge(self, registry: str) -> str | None:
         """Return how the registry meets whom it does not know (WWW-Authenticate); None: it lets him in."""
         ...
@@ -82,6 +86,10 @@ class Shared:
     async def blob(self, ref: Reference, digest: str, caller: Caller) -> Original:
         """See `Upstream`."""
         return await self.originals.blob(ref, digest, caller)
+
+    async def changed(self, ref: Reference) -> None:
+        """See `Upstream`."""
+        self.originals.changed(ref)
 
     async def challenge(self, registry: str) -> str | None:
         """See `Upstream`."""

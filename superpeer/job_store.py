@@ -7,12 +7,14 @@ and a restart begins it where the file stands; what it has brought by then is in
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import structlog
 
 from dadi.blobs.layout import write_durably
+from dadi.errors import DadiError
 from dadi.prefetch.messages import Job, canonical, job_id
 
 log = structlog.get_logger()
@@ -43,7 +45,7 @@ class JobStore:
                 jobs.append(job)
             except OSError as error:
                 log.error("could not read a prefetch job", file=str(path), why=str(error))
-            except (msgspec.MsgspecError, ValueError, UnicodeDecodeError, RecursionError) as error:
+            except (DadiError, msgspec.MsgspecError, ValueError, UnicodeDecodeError, RecursionError) as error:
                 log.warning("threw away what is no prefetch job", file=str(path), why=str(error))
                 path.unlink(missing_ok=True)
         return sorted(jobs, key=lambda job: job.created)
@@ -53,10 +55,26 @@ class JobStore:
         async with self._writing:  # in order: an older state must not replace a newer one
             data = msgspec.json.encode(job)
             try:
-                await asyncio.to_thread(write_durably, self._directory / f"{job.id}.json", data)
+                await _to_its_end(lambda: write_durably(self._directory / f"{job.id}.json", data))
             except OSError as error:
                 log.error("could not write a prefetch job", job=job.id, why=str(error))
 
     async def remove(self, job: Job) -> None:
         """Forget a job."""
-        await asyncio.to_thread((self._directory / f"{job.id}.json").unlink, missing_ok=True)
+        async with self._writing:
+            await _to_its_end(lambda: (self._directory / f"{job.id}.json").unlink(missing_ok=True))
+
+
+async def _to_its_end(work: Callable[[], None]) -> None:
+    """Do work in a thread; who is cancelled meanwhile waits for it: it would overtake what is written next."""
+    working = asyncio.ensure_future(asyncio.to_thread(work))
+    cancelled: asyncio.CancelledError | None = None
+    while not working.done():
+        try:
+            await asyncio.wait([working])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        working.exception()
+        raise cancelled
+    working.result()

@@ -125,9 +125,7 @@ class Prefetcher:
                 await self._files.save(job)
                 return job
             else:
-                # What was to be pinned stays to be.
-                pin_until = max(request.pin_until, *(pin.until for pin in job.pins), 0.0)
-                job.request = msgspec.structs.replace(request, pin_until=pin_until)
+                job.request = request  # what is pinned stays so, by its manifest
                 await self._renew(job)
             job.manifest_digest, job.top_digest = request.manifest, ""
             self._give(job, credentials)
@@ -154,10 +152,11 @@ class Prefetcher:
         """Stop a job, or end its pins; what it has brought stays till the room is needed. Raises NotFound, Conflict."""
         async with self._changing:
             job = self.find(name)
-            if not (job.state.is_over and self.pins.is_kept(job)):
+            ends_pins = job.state.is_over and self.pins.is_kept(job)
+            if not ends_pins:
                 self._happens(job, Event.CANCEL)
             await self._stop(job)
-            self.pins.drop(job)
+            (self.pins.drop if ends_pins else self.pins.stop)(job)
             await self._files.save(job)
             return job
 
@@ -308,7 +307,7 @@ class Prefetcher:
         """Return the bytes that other jobs of the batch take from the registry, as far as that is known."""
         batch = job.request.batch
         others = (each for each in self._jobs.values() if each is not job and batch and each.request.batch == batch)
-        return sum(each.registry for each in others if each.state not in (State.READY, State.CANCELLED))
+        return sum(each.registry for each in others if each.state not in (State.READY, State.CANCELLED, State.FAILED))
 
     async def _again(self, job: Job, error: Unavailable) -> None:
         """Wait for another attempt; raise the error if there is to be none."""

@@ -96,7 +96,7 @@ class PrefetchServer:
         told = [job for job in jobs if job.manifest_digest in named or job.id in allowed]
         wishes = nodes.wishes(told, node, query.get("zone", ""), query.get("rack", ""), have)
         hidden = {Reference.parse(job.request.reference).registry for job in others if job.id not in allowed}
-        return _json(Wishes(tuple(wishes), nodes.asked(node), nodes.pinned(jobs, have),
+        return _json(Wishes(tuple(wishes), nodes.asked(node), nodes.pinned(self._prefetcher.jobs(), have),
                             tuple(sorted(hidden - {query.get("registry", "")}))[:MOST_WISHES]))  # fmt: skip
 
     async def _heard(self, request: web.Request) -> web.Response:

@@ -49,10 +49,11 @@ class JobNodes:
         """Return what a node, which keeps the jobs it `have`, is asked to bring, the highest priority first."""
         found: list[Wish] = []
         for job in sorted(jobs, key=lambda job: (-job.request.priority, job.created)):
-            if job.id in have or not self.is_open(job):
+            if not self.is_open(job):
                 continue
-            is_pinned = job.request.pin_until > self._clock()
-            if not is_pinned and self._told.get(job.id, {}).get(node) == "ready":
+            # What it keeps may be what the tag was, until it has told of what it is now.
+            is_kept = job.id in have or job.request.pin_until <= self._clock()
+            if is_kept and self._told.get(job.id, {}).get(node) == "ready":
                 continue
             if nodes.chosen(nodes.parse(job.request.nodes), job.id, node, zone, rack):
                 found.append(self._wish(job))
@@ -63,7 +64,12 @@ class JobNodes:
     def pinned(self, jobs: list[Job], have: Collection[str]) -> tuple[str, ...]:
         """Return which jobs of those that a node keeps it is to keep still."""
         now = self._clock()
-        return tuple(job.id for job in jobs if job.id in have and self.is_open(job) and job.request.pin_until > now)
+
+        def is_pinned(job: Job) -> bool:
+            # Whatever the job does by now: it may have been asked for again, and fail since the registry is away.
+            return any(pin.until > now for pin in job.pins) or (self.is_open(job) and job.request.pin_until > now)
+
+        return tuple(job.id for job in jobs if job.id in have and is_pinned(job))
 
     def asked(self, node: str) -> float:
         """Remember that a node asked; return in how many seconds it is to come again: the more nodes, the later."""

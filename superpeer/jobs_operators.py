@@ -105,7 +105,8 @@ class Operators:
         if not self._file:
             if self._open or _is_loopback(address):
                 return
-            hint = "run it on the superpeer's machine, or name operators: prefetch.operators in its configuration"
+            hint = ("name operators: prefetch.operators in its configuration (with several superpeers there is no other "
+                    "way), or run it on its machine, with --superpeer http://127.0.0.1:PORT")  # fmt: skip
             raise AccessDenied("prefetch jobs here are for operators, who come over loopback", hint=hint)
         try:
             await self.load()

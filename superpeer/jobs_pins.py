@@ -73,9 +73,13 @@ class Pins:
     def pin(self, job: Job) -> None:
         """Keep a job's image, as it is in the store now, until the job's `pin_until`. Raises NotFound."""
         until = job.request.pin_until
+        until = max([until, *(pin.until for pin in job.pins if pin.manifest == job.manifest_digest)])
         if until <= self._clock():
+            if until and (note := "its pin was over before it was ready: it is not kept") not in job.notes:
+                job.notes = [*job.notes[-19:], note]
             return
         self._take(job, job.manifest_digest)
+        job.request = msgspec.structs.replace(job.request, pin_until=until)
         before = [pin for pin in job.pins if pin.manifest != job.manifest_digest]
         job.pins = [*before, Pin(job.manifest_digest, until)]
 
@@ -109,6 +113,12 @@ class Pins:
     def is_kept(self, job: Job) -> bool:
         """Whether anything of a job is held, or to be held still."""
         return job.id in self._running or any(pin.until > self._clock() for pin in job.pins)
+
+    def stop(self, job: Job) -> None:
+        """Let go of what a job that is cancelled was to bring; what it had pinned before stays until its time."""
+        self.release(job)
+        until = max([0.0, *(pin.until for pin in job.pins)])
+        job.request = msgspec.structs.replace(job.request, pin_until=until)
 
     def drop(self, job: Job) -> None:
         """Keep nothing of a job any more."""

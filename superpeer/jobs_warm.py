@@ -100,6 +100,8 @@ class Warming:
                 layers = [(layer.digest, layer.size) for layer in resolved.manifest.layers]
         await self._check_room(layers)
         request, size = job.request, job.registry + besides()
+        if job.tries:
+            return  # What was found to fit is begun anew until its deadline, and has some of its bytes by now.
         plan.check_deadline(size, rate, at=request.at, deadline=request.deadline, now=self._clock())
 
     def _known(self) -> ImageRecord | None:
@@ -226,7 +228,7 @@ class Warming:
             self.note(f"{url} did not do its part: the registry was asked")
 
     async def _state_at(self, url: str) -> State | None:
-        """Return where a sibling is with the job; None if it cannot say."""
+        """Return where a sibling is with the job; None if it cannot say, or cannot begin."""
         siblings = self._superpeer.siblings
         assert siblings is not None
         where = f"{url}/v1/prefetch/{self._job.id}"
@@ -244,6 +246,8 @@ class Warming:
                 told = msgspec.json.decode(data, type=Job)
         except (DadiError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
+        if told.tries > 0 and told.state in (State.QUEUED, State.RESOLVING):
+            return None  # up, but its registry is away, maybe not ours
         # What it is doing with another image of that tag tells nothing of this one.
         return told.state if told.manifest_digest in ("", self._job.manifest_digest) else None
 

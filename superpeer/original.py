@@ -9,6 +9,9 @@
                                                       fetched, answer when it is whole, after S seconds at most, and
                                                       then with a few bytes from N on of what has come, unverified
     GET  /v1/challenge?registry=H                     {"challenge": WWW-Authenticate of the registry, or null}
+    POST /v1/changed?reference=R                      R was pushed or deleted: what the registry has said of its
+                                                      repository's tags is not believed, but asked anew; for anybody,
+                                                      since it costs one question. 204
 
 `Dadi-Registry-Authorization` is what the proxy's client meant for the registry; 401 comes with the registry's
 WWW-Authenticate. The reference says in which repository the blob is.
@@ -141,6 +144,7 @@ class OriginalServer:
         router.add_get("/v1/original/{digest}", self._blob)
         router.add_get("/v1/original/{digest}/table", self._table)
         router.add_get("/v1/challenge", self._challenge)
+        router.add_post("/v1/changed", self._changed)
 
     async def _manifest(self, request: web.Request) -> web.Response:
         return _answered(await self._originals.manifest(_reference(request), _caller(request)))
@@ -176,6 +180,10 @@ class OriginalServer:
         wanted = request.query.get("table") != "no"
         answer = OriginalAnswer(size, blob if wanted else None, originals.is_proven(ref, digest), token, coming, head)
         return web.Response(body=msgspec.msgpack.encode(answer), content_type="application/msgpack")
+
+    async def _changed(self, request: web.Request) -> web.Response:
+        self._originals.changed(_reference(request))
+        return web.Response(status=204)
 
     async def _challenge(self, request: web.Request) -> web.Response:
         registry = parse_registry(request.query.get("registry", ""))

@@ -3,16 +3,19 @@
     head held back ──► write(piece, …): together with it, by `writev` ──► file(fd, offset, length): by `sendfile`
 
 What the socket does not take at once waits in the transport, or for the transport; under TLS all bytes go through it.
-A reader that has gone, or reads nothing for `STALLED` seconds, raises ConnectionResetError. Body lengths are the
-caller's: `Content-Length`, or `chunked`, where each `write` and each `file` is one chunk and `end` the last.
+A reader that has gone, or takes nothing for `STALLED` seconds, raises ConnectionResetError; a file that cannot be read,
+or is too short, DadiError: that is our own disk's fault, and to be told. Body lengths are the caller's:
+`Content-Length`, or `chunked`, where each `write` and each `file` is one chunk and `end` the last.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
+import struct
 import time
 from collections.abc import Mapping
 from email.utils import formatdate
@@ -22,10 +25,17 @@ from http import HTTPStatus
 from aiohttp import HttpVersion10, web
 
 from dadi import http
-from dadi.errors import InvalidRequest
+from dadi.errors import DadiError, InvalidRequest
 
 STALLED = 60.0
-"""Seconds that a step may take before its reader is given up."""
+"""Seconds without a byte that the reader took, after which it is given up; one that is only slow is not."""
+_GONE = frozenset((errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.ESHUTDOWN, errno.ETIMEDOUT,
+                   errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN))  # fmt: skip
+"""What a socket says when the other end has gone; all else is about our file."""
+_BYTES_ACKED = struct.Struct("=120xQ")
+"""`tcpi_bytes_acked` in Linux's `struct tcp_info`."""
+_PROBED = 128 << 10
+"""How far apart it is looked whether a page is cached: so much the kernel reads ahead, and a look costs 3 µs."""
 _STEP = 1 << 20
 _ENCRYPTED_STEP = 256 << 10
 _Piece = bytes | memoryview
@@ -136,13 +146,14 @@ class Answer(web.StreamResponse):
         protocol = self._asked.protocol
         if not protocol.writing_paused:
             return
-        try:
-            async with asyncio.timeout(STALLED):
-                await protocol._drain_helper()
-        except TimeoutError:
-            # Somebody who asks and does not read would hold the blob for ever.
-            transport.abort()
-            raise ConnectionResetError("the reader does not read") from None
+        while True:
+            before = _taken(transport)
+            try:
+                async with asyncio.timeout(STALLED):
+                    await protocol._drain_helper()
+                return
+            except TimeoutError:
+                _give_up_idle(transport, before)
 
     async def _through_us(self, fd: int, offset: int, length: int) -> None:
         """`sendfile` cannot encrypt, and asyncio's way around it takes 16 KiB a time."""
@@ -154,7 +165,7 @@ class Answer(web.StreamResponse):
 
 
 async def send_file(request: web.Request, fd: int, offset: int, length: int) -> None:
-    """Send bytes of a file without their entering this process; not under TLS. Raises ConnectionResetError."""
+    """Send bytes of a file without their entering this process; not under TLS. Raises as the head of this file says."""
     await _Sending(request, fd, offset, offset + length).run()
 
 
@@ -189,7 +200,9 @@ class _Sending:
         except ConnectionResetError:
             raise
         except OSError as error:
-            raise ConnectionResetError(f"the reader has gone: {error}") from None
+            if error.errno in _GONE:
+                raise ConnectionResetError(f"the reader has gone: {error}") from None
+            raise _unreadable(error) from None
         finally:
             if watched >= 0:
                 os.close(watched)
@@ -200,12 +213,10 @@ class _Sending:
         loop.add_writer(watched, self._writable)
         try:
             while not waiting.done():
-                wanted = min(self._at + _STEP, self._end)
+                at, before = self._at, _taken(self._transport())
                 await asyncio.wait([waiting], timeout=STALLED)
-                if not waiting.done() and self._at < wanted:
-                    # Somebody who asks and does not read would hold the blob for ever.
-                    self._transport().abort()
-                    raise ConnectionResetError("the reader does not read")
+                if not waiting.done() and self._at == at:
+                    _give_up_idle(self._transport(), before)
             waiting.result()
         finally:
             loop.remove_writer(watched)
@@ -223,7 +234,7 @@ class _Sending:
                 if self._at < self._end:
                     return
             waiting.set_result(None)
-        except OSError as error:
+        except (DadiError, OSError) as error:
             waiting.set_exception(error)
 
     def _is_cached(self) -> bool:
@@ -245,12 +256,15 @@ class _Sending:
 
 
 async def read(fd: int, offset: int, length: int) -> _Piece:
-    """Return bytes of a file, at least one; in a thread if the first is not in the page cache."""
+    """Return bytes of a file, at least one; in a thread if the first is not in the page cache. Raises DadiError."""
     piece: _Piece | None = cached(fd, offset, length)
     if piece is None:
-        piece = await asyncio.get_running_loop().run_in_executor(None, os.pread, fd, length, offset)
+        try:
+            piece = await asyncio.get_running_loop().run_in_executor(None, os.pread, fd, length, offset)
+        except OSError as error:
+            raise _unreadable(error) from None
     if not piece:
-        raise ConnectionResetError("the file is shorter than its blob")
+        raise DadiError("the file is shorter than its blob")
     return piece
 
 
@@ -272,17 +286,37 @@ def _sent_at_once(transport: asyncio.Transport, fd: int, offset: int, length: in
     try:
         while done < length:
             if not (sent := os.sendfile(to, fd, offset + done, length - done)):
-                raise ConnectionResetError("the file is shorter than its blob")
+                raise DadiError("the file is shorter than its blob")
             done += sent
     except BlockingIOError:
         pass
     return done
 
 
-def _in_page_cache(fd: int, offset: int, length: int) -> bool:
-    probe = [bytearray(1)]
+def _taken(transport: asyncio.Transport) -> int:
+    """Return how many bytes the reader's kernel has taken. Ours says late that there is room: when a third is free."""
     try:
-        return all(os.preadv(fd, probe, at, os.RWF_NOWAIT) for at in (offset, offset + length - 1))
+        raw = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED.size)
+        return int(_BYTES_ACKED.unpack(raw)[0])
+    except (OSError, struct.error):  # it has gone, or is no TCP
+        return -transport.get_write_buffer_size()
+
+
+def _give_up_idle(transport: asyncio.Transport, taken: int) -> None:
+    """Raise ConnectionResetError if a reader has taken no more than that: it would hold the blob for ever."""
+    if _taken(transport) == taken:
+        transport.abort()
+        raise ConnectionResetError("the reader does not read")
+
+
+def _unreadable(error: OSError) -> DadiError:
+    return DadiError(f"a blob's file cannot be sent: {error.strerror or error}", hint="is the disk well?")
+
+
+def _in_page_cache(fd: int, offset: int, length: int) -> bool:
+    probe, end = [bytearray(1)], offset + length
+    try:
+        return all(os.preadv(fd, probe, at, os.RWF_NOWAIT) for at in (*range(offset, end, _PROBED), end - 1))
     except (BlockingIOError, OSError):
         return False
 

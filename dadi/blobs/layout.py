@@ -6,7 +6,7 @@
     STORE/incoming/N                whole blobs on their way in; deleted at the start
     STORE/blobs/HEX/data            the bytes, sparse, padded with zeros to a multiple of 4096 (PAD)
     STORE/blobs/HEX/table           8 bytes "DADIBLB1", then MessagePack of `Blob`
-    STORE/blobs/HEX/present         a byte a chunk: 1 present, 0 not; absent when complete
+    STORE/blobs/HEX/present         a byte a chunk: 1 present, 0 not; absent when complete (who has both is)
     STORE/blobs/HEX/complete        empty; there once all of `data` was hashed and synced
 
 HEX is the blob's SHA-256. `table` is made durable before the first chunk is kept, `data` before `complete`. After an

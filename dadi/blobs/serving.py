@@ -26,7 +26,7 @@ from dadi.blobs import answering
 from dadi.blobs.answering import Answer, cached, send_file
 from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.source import Urgency, urgency_of_word
-from dadi.errors import NotFound
+from dadi.errors import DigestMismatch, NotFound
 from dadi.index.chunks import Blob
 from dadi.peers.gate import OPEN, Doorman
 from dadi.wire import URGENCY
@@ -141,11 +141,13 @@ class Compressor:
         if body is not None:
             self._cache.move_to_end(key)
             return body or None
-        if not self._limit or length > self.LARGEST or self._busy >= self._most:
+        if not self._limit or max(length, blob.table.chunk_size) > self.LARGEST or self._busy >= self._most:
             return None
         self._busy += 1
         try:
             body = await asyncio.to_thread(self._compress, blob, fd, offset, length)
+        except DigestMismatch:
+            return None  # the disk spoilt it: not to be remembered; whoever is sent it finds out
         finally:
             self._busy -= 1
         if len(body) > length * 9 // 10:
@@ -157,10 +159,12 @@ class Compressor:
         compressor = zstandard.ZstdCompressor(level=self.LEVEL)
         frames = []
         end = offset + length
-        while offset < end:
-            step = min(blob.table.chunk_size - offset % blob.table.chunk_size, end - offset)
-            frames.append(compressor.compress(os.pread(fd, step, offset)))
-            offset += step
+        for chunk in blob.table.covering(offset, length):
+            begin, size = blob.table.extent(chunk)
+            data = os.pread(fd, size, begin)
+            blob.table.verify(chunk, data, source="the disk")  # what is remembered outlives the bytes on the disk
+            part = memoryview(data)[max(offset - begin, 0) : end - begin]
+            frames.append(compressor.compress(part))
         return b"".join(frames)
 
     def _remember(self, key: tuple[str, int, int], body: bytes) -> None:

@@ -290,9 +290,10 @@ def _job_command(verb: Callable[..., None]) -> click.Command:
 
 
 def _about_job(what: str, job: str, platform: str, scope: Scope, whom: Where, who: Who, *, quiet: bool) -> None:
-    reference = ""
+    reference, named, hint = "", job, "dadi prefetch list shows them"
     if not _JOB.fullmatch(job):
         request = canonical(Request(job, platforms([platform] if platform else [])[0], scope=scope))
+        named, hint = f"{request.reference}, of scope {scope}, {request.platform}", "--scope, --platform name another; list --registry private ones"
         job, reference = job_id(request), request.reference
 
     async def one(talk: Talk, url: str) -> Job:
@@ -307,7 +308,7 @@ def _about_job(what: str, job: str, platform: str, scope: Scope, whom: Where, wh
         for (_, url), each in found.items():
             prefetch_show.one(url, each)
     if not found and not away:
-        raise NotFound(f"no superpeer that was asked has the job {job}", hint="dadi prefetch list shows them")
+        raise NotFound(f"no superpeer that was asked has the job {named}", hint=hint)
     _fail_for(away)
 
 

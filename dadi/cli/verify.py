@@ -6,7 +6,7 @@ import asyncio
 import sys
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -15,6 +15,9 @@ from dadi import config
 from dadi.cli import show
 from dadi.cli.client import NodeClient, as_json, node_socket
 from dadi.errors import ConfigError, Conflict, InvalidRequest, NotFound, Unavailable
+
+if TYPE_CHECKING:
+    from dadi.blobs.verifying import Checked
 
 NODE, SUPERPEER = "/var/lib/dadi/node", "/var/lib/dadi/superpeer"
 
@@ -32,7 +35,7 @@ class _Rate(click.ParamType[float]):
 @click.command()
 @click.option("--repair", is_flag=True, help="Fetch at once what was thrown away (through the node that runs).")
 @click.option("--state", metavar="DIR", help="Look at the store below this state directory, of a node, superpeer or "
-              "proxy that does not run. Default: ask the node; if none answers, its default directory.")  # fmt: skip
+              "proxy that does not run. Default: ask the node that runs.")  # fmt: skip
 @click.option("--superpeer", is_flag=True, help=f"The same as --state {SUPERPEER}.")
 @click.option("--rate", type=_Rate(), default=None, metavar="RATE",
               help="Read so fast at most. Default: 100MiB of a node that runs, else any.")  # fmt: skip
@@ -44,10 +47,13 @@ def verify(
     """Check everything on disk against its digests; throw away what is wrong. Exit status 0: all is right (again).
 
     Each chunk by its chunk table, whole blobs by their digests, small files by their formats. A wrong chunk is missing
-    from then on: it is fetched when it is read, and no device gives out a byte of it.
+    from then on: it is fetched when it is read, and no device of a node that runs gives out a byte of it.
     """
     if superpeer and state:
         raise InvalidRequest("--superpeer and --state name two directories")
+    if repair and (superpeer or state):
+        raise InvalidRequest("--repair is the work of a node that runs",
+                             hint="leave out --state; what is thrown away comes again when it is needed")  # fmt: skip
     place = SUPERPEER if superpeer else state
     bad: list[dict[str, Any]] = []
     counts: dict[str, Any] = {}
@@ -69,27 +75,30 @@ def verify(
 
 
 def _events(place: str | None, socket: str, repair: bool, rate: float | None) -> Iterator[dict[str, Any]]:
-    if place is None:
-        parameters = {"repair": "1" if repair else "0", "rate": str(100 << 20 if rate is None else rate)}
-        events = NodeClient(socket).events("POST", "/v1/verify", parameters)
-        try:
-            yield next(events)
-        except Unavailable:
-            if not Path(NODE, "store").is_dir():
-                raise
-            click.echo(f"no node answers on {socket}: looking at {NODE} by itself", err=True)
-            place = NODE
-        else:
-            yield from events
-            return
-    yield from _offline(Path(place), rate or 0.0)
+    if place is not None:
+        yield from _offline(Path(place), rate or 0.0)
+        return
+    parameters = {"repair": "1" if repair else "0", "rate": str(100 << 20 if rate is None else rate)}
+    events = NodeClient(socket).events("POST", "/v1/verify", parameters)
+    try:
+        first = next(events)
+    except Unavailable as error:
+        # Not the store by itself: it would be locked against a node that is only being started again.
+        hint = f"start dadi-node; a store that no node is to use meanwhile: `dadi verify --state {NODE}`"
+        raise Unavailable(error.message, hint=hint) from None
+    yield first
+    yield from events
 
 
 def _offline(state: Path, rate: float) -> Iterator[dict[str, Any]]:
     from dadi.node.state_files import check
     from dadi.node.verifying import bad_blob, bad_file
 
-    if not (state / "store" / "blobs").is_dir():
+    try:
+        there = (state / "store" / "blobs").is_dir()
+    except PermissionError as error:
+        raise Unavailable(f"cannot look at {state}: {error.strerror}", hint="run as root") from None
+    if not there:
         raise NotFound(f"there is no store in {state}", hint="--state names a directory like /var/lib/dadi/node")
     counts = {"blobs": 0, "bytes": 0, "bad_blobs": 0, "bad_chunks": 0, "repaired": 0, "bad_files": 0}
     with asyncio.Runner() as runner:
@@ -104,13 +113,23 @@ def _offline(state: Path, rate: float) -> Iterator[dict[str, Any]]:
                 if checked.why:
                     counts["bad_blobs"] += 1
                     counts["bad_chunks"] += len(checked.bad)
-                    yield {**bad_blob(checked), "outcome": "fetched again when it is needed", "repaired": False}
+                    yield {**bad_blob(checked), "outcome": _outcome(state, checked), "repaired": False}
         finally:
             runner.run(events.aclose())
     for damaged in check(state):
         counts["bad_files"] += 1
         yield bad_file(damaged)
     yield {"event": "verified", **counts}
+
+
+def _outcome(state: Path, checked: Checked) -> str:
+    from dadi.blobs.layout import BlobDirectory
+    from dadi.node import loop
+
+    data = BlobDirectory.of((state / "store").resolve(), checked.blob.digest).data
+    if any(status.backing_file == str(data) for status in loop.attached()):
+        return "a mounted image reads on from that file: start dadi-node, and its containers again"
+    return "left as it is" if not checked.bad and data.exists() else "fetched again when it is needed"
 
 
 async def _looked_at(state: Path, rate: float) -> AsyncGenerator[Any, None]:
@@ -123,6 +142,8 @@ async def _looked_at(state: Path, rate: float) -> AsyncGenerator[Any, None]:
     await asyncio.to_thread(state_version.check, state)  # before a store throws away what it does not understand
     try:
         store = await asyncio.to_thread(DiskBlobs, state / "store")
+    except OSError as error:
+        raise Unavailable(f"cannot use the store in {state}: {error.strerror}", hint="run as root") from None
     except Conflict as error:
         hint = "a node is asked by its socket, without --state; a superpeer must be stopped"
         raise Conflict(error.message, hint=hint) from None

@@ -102,7 +102,7 @@ class Drain:
             try:
                 await self._serving.stop_serving()
             except Exception as error:  # whatever it is: no container depends on it, and `watch` must end
-                log.error("could not leave the other nodes in order", exc_info=error)
+                await asyncio.to_thread(log.error, "could not leave the other nodes in order", exc_info=error)
         self._left_trees = True
         log.info("drained: nothing depends on this process")
 

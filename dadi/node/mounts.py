@@ -524,8 +524,9 @@ class Mounts:
         """
         for mount in list(self._mounts.values()):
             if mount.record.layers and mount.index.metadata.digest == digest:
+                index = await self.metadata.index(mount.record.answer)
                 with contextlib.ExitStack() as holds:
-                    await self.metadata.prefix(await self.metadata.index(mount.record.answer), mount.record.layers, holds)
+                    await self.metadata.prefix(index, mount.record.layers, holds)
                 return True
         return False
 

@@ -3,6 +3,7 @@
     mounts/*.json, images/*.json, originals/*.json, prefetch/*.json    JSON, of the kind that is written there
     traces/*.trace                                                     see `dadi/prefetch/trace.py`
     *.json, keys/*.json, snapshotter/metadata.db                       JSON; SQLite's own check, if nobody uses it
+    superpeer/…                                                        the same of a superpeer within the node
 
 Nothing is changed: who reads such a file for its work decides what becomes of a damaged one.
 """
@@ -11,10 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import stat
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -53,6 +55,8 @@ _KINDS: dict[str, Callable[[bytes], object]] = {
     "*.json": _json(Any),
     "keys/*.json": _json(Any),
 }
+EMBEDDED: Final = "superpeer"
+"""Where a node that is its own superpeer has that one's files."""
 _MOST = 256 << 20
 """Bytes that such a file may have."""
 
@@ -63,14 +67,21 @@ def check(state: Path) -> list[Damaged]:
     for pattern, parse in _KINDS.items():
         for path in sorted(_files(state, pattern)):
             try:
-                if not path.is_file() or path.stat().st_size > _MOST:
+                status = path.stat()
+                if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST:
                     raise Malformed("not a file of a sensible size")
                 parse(path.read_bytes())
+            except FileNotFoundError:
+                if path.is_symlink():
+                    found.append(Damaged(path, "a link to nothing"))
+                # else it went away meanwhile, as records of what has ended do
             except (OSError, DadiError, msgspec.MsgspecError, ValueError, RecursionError, struct.error) as error:
                 # Not what a decoder says: it may quote secrets.
                 why = error.message if isinstance(error, DadiError) else type(error).__name__
                 found.append(Damaged(path, why))
     found += _database(state / "snapshotter" / "metadata.db")
+    if (state / EMBEDDED).is_dir():
+        found += check(state / EMBEDDED)
     return found
 
 

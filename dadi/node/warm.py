@@ -123,6 +123,7 @@ class Warmer:
         found: dict[str, tuple[str, Wish]] = {}
         pinned: set[str] = set()
         away = False
+        told = list(self._pins)[:MOST_HELD]  # of those beyond no superpeer can say anything
         self._again = 0.0
         for url in self._client.superpeers.names:
             try:
@@ -135,7 +136,7 @@ class Warmer:
                 log.debug("a superpeer was not asked what to prefetch", superpeer=url, why=error.message)
                 away = True
         if not away:
-            self._unpin([job for job in self._pins if job not in pinned and job not in found])
+            self._unpin([job for job in told if job not in pinned and job not in found])
         return list(found.values())
 
     async def _told_by(self, url: str) -> list[Wishes]:

@@ -65,11 +65,13 @@ class _Hashes:
 class Arriving:
     """See the head of this file. `on_end` is called once, when it is in the store, or has failed.
 
-    `origin` is whatever the one who began it wants to remember of where it comes from.
+    `on_verified` is called when all of it has come and is right, before the store has it: who finds it there may rely
+    on that. `origin` is whatever the one who began it wants to remember of where it comes from.
     """
 
     def __init__(self, store: DiskBlobs, digest: str, size: int, stream: Stream, fallbacks: Fallbacks,
-                 on_end: Callable[[Arriving], None], origin: object = None) -> None:  # fmt: skip
+                 on_end: Callable[[Arriving], None], origin: object = None,
+                 on_verified: Callable[[], None] = lambda: None) -> None:  # fmt: skip
         self.digest = digest
         self.size = size
         self.origin = origin
@@ -81,6 +83,7 @@ class Arriving:
         self._store = store
         self._stream = stream
         self._fallbacks = fallbacks
+        self._on_verified = on_verified
         self._on_end: Callable[[Arriving], None] | None = on_end
         self._moved = asyncio.Event()
         self._ingest = store.ingest()
@@ -157,6 +160,7 @@ class Arriving:
     async def _run(self) -> None:
         try:
             blob = await self._receive()
+            self._on_verified()
             self._advance(verified=True)
             try:
                 await self._store.commit(self._ingest, blob)

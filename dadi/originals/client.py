@@ -55,6 +55,10 @@ STALE, NEXT = "Dadi-Stale", "Dadi-Next"
 _MAX_DOCUMENT = 8 << 20
 _MAX_TABLE = 64 << 20
 _TRIES = 3
+_PROGRESS = 64 << 20
+"""Bytes of a stream after which it may break off as often again."""
+_TELL = 5.0
+"""Seconds that a push waits for superpeers to hear of it."""
 SMALL = 512 << 10
 """Bytes up to which a blob is taken as a stream from the superpeer."""
 MOST_WAIT = 10.0
@@ -81,6 +85,7 @@ class OriginalAnswer(msgspec.Struct, frozen=True):
 
 
 _answer = msgspec.msgpack.Decoder(OriginalAnswer)
+_challenge = msgspec.json.Decoder(dict[str, str | None])
 
 
 class Superpeers:
@@ -139,8 +144,33 @@ class Superpeers:
     async def challenge(self, registry: str) -> str | None:
         """See `RegistryClient.challenge`."""
         async with self._ask(registry, "/v1/challenge", {"registry": registry}, Caller()) as response:
-            found = msgspec.json.decode(await _body(response, _MAX_DOCUMENT), type=dict[str, str | None])
-            return found.get("challenge")
+            raw = await _body(response, _MAX_DOCUMENT)
+        try:
+            return _challenge.decode(raw).get("challenge")
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            hint = "are the versions alike?"
+            raise Malformed(f"what a superpeer says of {registry} makes no sense: {error}", hint=hint) from None
+
+    async def changed(self, ref: Reference) -> None:
+        """See `Upstream`. All superpeers are told: any of them may have answers of its registry."""
+
+        async def tell(url: str) -> None:
+            what = f"telling of a push to {ref.name}"
+            try:
+                async with (
+                    asyncio.timeout(_TELL),
+                    self._known.asking(url),
+                    http.request(self._session, "POST", f"{url}/v1/changed", what, params={"reference": str(ref)}),
+                ):
+                    pass
+            except (DadiError, TimeoutError) as error:
+                self._fallbacks.note("superpeer not told of a push", f"{url}: {str(error) or 'no answer in time'}")
+
+        try:
+            await self._known.ready()
+        except Unavailable as error:
+            self._fallbacks.note("superpeer not told of a push", error.message)
+        await asyncio.gather(*(tell(url) for url in self._known.names))
 
     # ---- blobs
 
@@ -272,7 +302,7 @@ class Superpeers:
 
         Not `alone`: where the asker is refused, it goes on as for another who wants it from the same registry.
         """
-        at = tries = 0
+        at = tries = failed_at = 0
         with contextlib.ExitStack() as held:
             held.enter_context(self._asked.reading(asker))
             while at < size:
@@ -296,8 +326,10 @@ class Superpeers:
                     asker = others[0]
                     held.enter_context(self._asked.reading(asker))
                 except Unavailable as error:
-                    # Few in all, progress or not: what was found to be wrong breaks off too, and comes anew each time.
-                    tries += 1
+                    # Few, also where a little comes each time: what was found to be wrong breaks off too, at its end.
+                    if at - failed_at >= _PROGRESS:
+                        tries = 0
+                    tries, failed_at = tries + 1, at
                     if tries >= _TRIES:
                         raise
                     self._fallbacks.note("original broken off, gone on", error.message)

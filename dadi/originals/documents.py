@@ -1,7 +1,8 @@
 """Manifests and lists, kept: what is named by a digest for good, what is named by a tag for `tag_ttl`.
 
     here, by digest, or young enough   given
-    here, older                        a HEAD says whether it is still the same (manifests; lists are read again)
+    here, older, or from before a      a HEAD says whether it is still the same (manifests; lists are read again)
+        push that we know of
     registry away, or slow             given as it is, marked as stale, if it is not older than `stale`; said aloud
     not here                           fetched; once, however many ask
 
@@ -45,6 +46,8 @@ class Document(msgspec.Struct, frozen=True):
     stale: float | None = None
 
 
+_MOST_CHANGED = 10_000
+"""Repositories whose last push is remembered."""
 _RECENT = 8 << 20
 """Bytes of documents that are kept in memory."""
 Fetch = Callable[[], Awaitable[Fetched]]
@@ -66,6 +69,7 @@ class Documents:
         self._recent: OrderedDict[str, bytes] = OrderedDict()
         """The bytes that were given last, by their digests: a tag's manifest is asked for by whole crowds."""
         self._recent_bytes = 0
+        self._changed: OrderedDict[str, float] = OrderedDict()
         self.fetched = 0
         self.revalidated = 0
         self.stale = 0
@@ -79,14 +83,15 @@ class Documents:
         return record is not None and self._store.has(record.digest)
 
     async def get(self, registry: str, key: str, fetch: Fetch, revalidate: Revalidate | None = None, *,
-                  immutable: bool = False, who: str = "") -> Document:  # fmt: skip
+                  immutable: bool = False, who: str = "", of: str = "") -> Document:  # fmt: skip
         """Return what `key` names. Raises what `fetch` and `revalidate` raise, unless something stale may be given.
 
-        `who`: whose credentials those two show, see `Flights.join`.
+        `who`: whose credentials those two show, see `Flights.join`. `of`: what `changed` is told where this may have.
         """
-        record = self._records.find(key)
+        record, changed = self._records.find(key), self._changed.get(of)
         if record is not None and self._store.has(record.digest):
-            if immutable or self._records.age(record) <= self._config.tag_ttl:
+            young = immutable or self._records.age(record) <= self._config.tag_ttl
+            if young and (changed is None or record.checked_at > changed):
                 found = await self._given(record)
                 if found is not None:
                     return found
@@ -98,7 +103,7 @@ class Documents:
             if usable and self._away.is_away(registry):
                 raise Unavailable(f"{registry} did not answer a moment ago")
             work = lambda: self._refresh(registry, key, record, fetch, revalidate)  # noqa: E731
-            return await self._flights.join(key, work, limit, who=who)
+            return await self._flights.join((key, changed), work, limit, who=who)
         except (Unavailable, TimeoutError) as error:
             late = slow(registry, limit)
             if isinstance(error, TimeoutError):
@@ -111,29 +116,38 @@ class Documents:
             self._fallbacks.note("registry away, answered from the cache", f"{key}: {why}")
             return found
 
-    async def learn(self, key: str, fetched: Fetched) -> Document:
+    def changed(self, of: str) -> None:
+        """Have the registry asked anew about what it has said before: it has another tag, or one less."""
+        self._changed[of] = self._records.now()
+        self._changed.move_to_end(of)
+        if len(self._changed) > _MOST_CHANGED:
+            self._changed.popitem(last=False)
+
+    async def learn(self, key: str, fetched: Fetched, asked_at: float | None = None) -> Document:
         """Keep what was fetched just now. A store without room loses the keeping, not the answer."""
         self.fetched += 1
         try:
             await self._store.put(fetched.raw)
-            await self._records.learn(key, fetched.digest, len(fetched.raw), fetched.media_type, fetched.following)
+            await self._records.learn(key, fetched.digest, len(fetched.raw), fetched.media_type, fetched.following,
+                                      asked_at=asked_at)  # fmt: skip
         except StoreFull as error:
             self._fallbacks.note("not kept: store full", error.message)
         return Document(fetched.raw, fetched.digest, fetched.media_type, fetched.following)
 
-    async def confirm(self, key: str, digest: str) -> bool:
+    async def confirm(self, key: str, digest: str, asked_at: float | None = None) -> bool:
         """Remember that the registry has just said that `key` leads to `digest`; False if that is news."""
         self.revalidated += 1
         record = self._records.find(key)
         if record is None or record.digest != digest or not self._store.has(digest):
             return False
-        await self._records.learn(key, digest, record.size, record.media_type, record.following)
+        await self._records.learn(key, digest, record.size, record.media_type, record.following, asked_at=asked_at)
         return True
 
     async def _refresh(self, registry: str, key: str, record: Record | None, fetch: Fetch,
                        revalidate: Revalidate | None) -> Document:  # fmt: skip
+        asked_at = self._records.now()  # what is pushed while the registry answers may not be in its answer
         try:
-            if record is not None and revalidate is not None and await self.confirm(key, await revalidate()):
+            if record is not None and revalidate is not None and await self.confirm(key, await revalidate(), asked_at):
                 found = await self._given(record)
                 if found is not None:
                     return found
@@ -145,7 +159,7 @@ class Documents:
             await self._records.forget(key)  # deleted there: not to be given as stale when the registry is away
             raise
         self._away.answered(registry)
-        return await self.learn(key, fetched)
+        return await self.learn(key, fetched, asked_at)
 
     async def _given(self, record: Record, *, stale: bool = False) -> Document | None:
         """Return a document from the store; None if it has just been evicted, or cannot be read."""

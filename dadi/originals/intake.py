@@ -82,12 +82,12 @@ class Intake:
             self._fallbacks.note("blob passes by, no room to keep it", f"{digest}, {size} bytes")
             return Passing(digest, size, stream, on_verified)
 
-        def ended(arriving: Arriving) -> None:
-            self._arrived(arriving)
-            if arriving.verified:
-                on_verified()
+        def verified() -> None:
+            self.blobs += 1
+            self.bytes += size
+            on_verified()
 
-        arriving = Arriving(self._store, digest, size, stream, self._fallbacks, ended, origin)
+        arriving = Arriving(self._store, digest, size, stream, self._fallbacks, self._arrived, origin, verified)
         self._arriving[digest] = arriving
         return arriving
 
@@ -97,9 +97,6 @@ class Intake:
         self._cleaning = [one for one in self._cleaning if not one.done]
         if not arriving.done:
             self._cleaning.append(arriving)
-        if arriving.verified:
-            self.blobs += 1
-            self.bytes += arriving.size
         for remembered in (self._no_room, self._distrusted):
             for digest in [digest for digest, until in remembered.items() if until < now]:
                 del remembered[digest]

@@ -82,15 +82,22 @@ class Records:
         """Return the records whose keys begin so."""
         return [record for key, record in self._records.items() if key.startswith(prefix)]
 
+    def now(self) -> float:
+        """Return the time as records have it."""
+        return self._clock()
+
     def age(self, record: Record) -> float:
         """Return the seconds since the registry was asked."""
         return max(0.0, self._clock() - record.checked_at)
 
     async def learn(self, key: str, digest: str, size: int, media_type: str = "",
-                    following: dict[str, str] | None = None) -> Record:  # fmt: skip
-        """Remember what the registry has just said."""
+                    following: dict[str, str] | None = None, *, asked_at: float | None = None) -> Record:  # fmt: skip
+        """Remember what the registry said to who asked at `asked_at`, or now; not what a later answer has overtaken."""
         old = self._records.get(key)
-        record = Record(key, digest, size, media_type, self._clock(), following or {})
+        if asked_at is not None and old is not None and old.checked_at > asked_at:
+            return old
+        asked_at = self._clock() if asked_at is None else asked_at
+        record = Record(key, digest, size, media_type, asked_at, following or {})
         self._records[key] = record
         self._records.move_to_end(key)
         # Facts that never change are not written again only because they were confirmed.

@@ -123,7 +123,8 @@ class Originals:
         await self.access.check(ref, caller, probe)
         async with self._asking(ref, caller):
             return await self.documents.get(ref.registry, key, fetch, revalidate, immutable=ref.digest is not None,
-                                            who=caller.key)  # fmt: skip
+                                            who=caller.key, of=f"{ref.name}@{ref.digest}" if ref.digest else ref.name
+                                            )  # fmt: skip
 
     @contextlib.asynccontextmanager
     async def _asking(self, ref: Reference, caller: Caller) -> AsyncIterator[None]:
@@ -152,7 +153,7 @@ class Originals:
         await self.access.check(ref, caller, probe)
         client = self.access.client(ref.registry, caller)
         async with self._asking(ref, caller):
-            return await self.documents.get(ref.registry, key, lambda: fetch(client), who=caller.key)
+            return await self.documents.get(ref.registry, key, lambda: fetch(client), who=caller.key, of=ref.name)
 
     async def referrers(self, ref: Reference, artifact_type: str, caller: Caller) -> Document:
         """Return the index of what has the reference's digest as its subject, of one artifact type if that is given."""
@@ -173,12 +174,18 @@ class Originals:
 
         await self.access.check(ref, caller, probe)
         async with self._asking(ref, caller):
-            found = await self.documents.get(ref.registry, f"referrers {ref.name} {digest}", fetch, who=caller.key)
+            found = await self.documents.get(ref.registry, f"referrers {ref.name} {digest}", fetch, who=caller.key,
+                                             of=ref.name)  # fmt: skip
         if not artifact_type:
             return found
         entries = index_document.parse(found.raw, media_types.OCI_INDEX).descriptors
         raw = _index([entry for entry in entries if entry.artifact_type == artifact_type])
         return msgspec.structs.replace(found, raw=raw, digest=digests.of(raw))
+
+    def changed(self, ref: Reference) -> None:
+        """Have the registry asked anew about a repository's tags and lists, and this digest: something was pushed."""
+        self.documents.changed(ref.name)
+        self.documents.changed(f"{ref.name}@{ref.digest}")
 
     async def challenge(self, registry: str) -> str | None:
         """Return how a registry meets whom it does not know (WWW-Authenticate); None: it lets him in."""

@@ -335,9 +335,9 @@ class PeerServer:
         try:
             for chunk in unknown:
                 (data,) = await self._store.read(blob, range(chunk, chunk + 1))
-                self._frames.keep(blob, chunk, await asyncio.to_thread(packed, data))
-        except NotFound:
-            pass  # evicted meanwhile: whoever sends it finds out
+                self._frames.keep(blob, chunk, await asyncio.to_thread(_packed_if_right, blob, chunk, data))
+        except DadiError:
+            pass  # evicted, or spoilt on the disk: not to be kept; whoever sends it, or is sent it, finds out
         finally:
             self._compressing -= 1
 
@@ -377,3 +377,8 @@ def _whole_chunks(request: web.Request, blob: Blob) -> range:
         raise InvalidRequest("a node gives whole chunks, by `Range: bytes=A-B`", hint="ask a superpeer for other bytes")
     return chunks[: max(1, _LARGEST // blob.table.chunk_size)]
 
+
+def _packed_if_right(blob: Blob, chunk: int, data: bytes) -> bytes:
+    # A frame outlives the bytes on the disk that it was made of.
+    blob.table.verify(chunk, data, source="the disk")
+    return packed(data)

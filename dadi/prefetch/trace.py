@@ -49,6 +49,7 @@ MAX_SIZE = 1 << 20
 BORROWED = "registry-"
 """What the `node` of recordings begins with that were not seen here: they came with a trace from the registry."""
 _ENOUGH_OWN = 3
+_LATEST = (1 << 32) - 1
 _MAGIC_TRACE, _MAGIC_MESSAGE, _MAGIC_KEPT = b"DADITRC1", b"DADIREC1", b"DADITRK1"
 
 _Count = Annotated[int, Meta(ge=0, lt=1 << 32)]
@@ -213,17 +214,20 @@ def added(kept: Kept, recording: Recording) -> Kept:
     """Return what is kept, with one more recording; of each node and group the newest stays, and so many in all.
 
     What was borrowed of a group goes when there are `_ENOUGH_OWN` starts of our own that are like it. What a node could
-    not watch this time stays as it saw it before, and what few could watch stays when a group is full.
+    not watch this time stays as it saw it before (beside the new one, if nothing says how their clocks stand to each
+    other), and what few could watch stays when a group is full.
     """
     groups = _grouped([recording, *kept.recordings])
     mine = next(group for group in groups if any(each is recording for each in group))
     others = [each for each in mine if each is not recording]
-    gone = {id(each) for each in others if each.node == recording.node}
-    fresh = [each for each in kept.recordings if any(each is other for other in others) and id(each) not in gone]
+    older = {id(each) for each in others if each.node == recording.node}
+    gone: set[int] = set()
     borrowed = {id(each) for each in mine if is_borrowed(each)}
     for each in reversed(kept.recordings):
-        if id(each) in gone:
-            recording = _completed(recording, each)
+        if id(each) in older and (completed := _completed(recording, each)):
+            recording = completed
+            gone.add(id(each))
+    fresh = [each for each in kept.recordings if any(each is other for other in others) and id(each) not in gone]
     while len(fresh) >= MOST_IN_GROUP:
         gone.add(id(out := _least(fresh, recording)))
         fresh = [each for each in fresh if each is not out]
@@ -233,8 +237,11 @@ def added(kept: Kept, recording: Recording) -> Kept:
     return msgspec.structs.replace(kept, recordings=(*left, recording)[-MOST_RECORDINGS:])
 
 
-def _completed(recording: Recording, older: Recording) -> Recording:
-    """Return a recording, with what an older one of the same node and way to start says of blobs it did not watch."""
+def _completed(recording: Recording, older: Recording) -> Recording | None:
+    """Return a recording, with what an older one of the same node and way to start says of blobs it did not watch.
+
+    None if they have no chunk in common: what was read between what would be made up, and be taken for seen.
+    """
     added = older.watched() - recording.watched()
     blobs = tuple(sorted({pair for pair in older.blobs if pair[0] in added} | set(recording.blobs)))
     if not added or len(blobs) > MAX_LAYERS or len(dict(blobs)) < len(blobs):  # or in chunks of two sizes
@@ -243,18 +250,25 @@ def _completed(recording: Recording, older: Recording) -> Recording:
     before = {chunk: step[2] for chunk, step in zip(older.chunks(), older.steps, strict=True)}
     news = [(chunk, step[2]) for chunk, step in zip(recording.chunks(), recording.steps, strict=True)]
     # Its clock began with the first read that it saw; which was not the first one of all.
-    late = next((at - seen for chunk, seen in news if (at := before.get(chunk)) is not None), 0)
+    late = next((at - seen for chunk, seen in news if (at := before.get(chunk)) is not None), None)
+    if late is None:
+        return None
     rows = [(chunk, at) for chunk, at in before.items() if chunk[0] in added]
-    rows += [(chunk, max(0, at + late)) for chunk, at in news if chunk[0] not in added]
+    rows += [(chunk, at + late) for chunk, at in news if chunk[0] not in added]
     rows.sort(key=lambda row: row[1])
-    steps = tuple((places[digest], chunk, at) for (digest, chunk), at in rows[:MOST_STEPS])
+    steps = tuple((places[digest], chunk, min(at - rows[0][1], _LATEST)) for (digest, chunk), at in rows[:MOST_STEPS])
     whole = recording.watched() | added
     return Recording(recording.node, blobs, steps, tuple(places[each] for each, _ in blobs if each not in whole))
 
 
 def _least(group: Sequence[Recording], new: Recording) -> Recording:
-    """Return the recording, of those (the oldest first) that are to stay beside a new one, that is needed least."""
+    """Return the recording, of those (the oldest first) that are to stay beside a new one, that is needed least.
+
+    Never the newest of those that watched most: the order of all is theirs (`_group`).
+    """
     watchers = Counter(digest for each in (*group, new) for digest in each.watched())
+    widest = max((new, *reversed(group)), key=lambda each: len(each.watched()))
+    group = [each for each in group if each is not widest]
     for each in group:
         if all(watchers[digest] > MOST_IN_GROUP // 2 for digest in each.watched()):
             return each

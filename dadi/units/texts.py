@@ -8,6 +8,7 @@ Why each setting, where it is no matter of course:
     RuntimeDirectoryPreserve         the FUSE mount is below it
     no Protect…, Private…            of the node: each of them gives it a mount namespace of its own, where containerd
                                      would not see its mounts. What needs no namespace is there
+    OOMPolicy                        a program that we run, for credentials, may be killed for memory: not we
     OOMScoreAdjust                   reads of lazy images wait for the node
     WatchdogSec                      its event loop tells that it runs; SIGABRT if it does not, and a new one goes on
     Restart=always, no start limit   whatever happens: what waits for it waits until it is there
@@ -15,8 +16,11 @@ Why each setting, where it is no matter of course:
 
 from __future__ import annotations
 
+import re
 import textwrap
 from typing import Final
+
+from dadi.errors import InvalidRequest
 
 PROGRAMS: Final = ("dadi-node", "dadi-superpeer", "dadi-registry-proxy")
 KEEPS_DESCRIPTORS: Final = 254
@@ -26,6 +30,7 @@ CAPABILITIES: Final = (
     "NET_BIND_SERVICE",
 )  # fmt: skip
 """What the node needs: mounts and loop devices, descriptors, loop nodes, directories of any owner, ports."""
+_PLAIN = re.compile(r"[\w/.,:+@%-]+")
 _ABOUT = {
     "dadi-node": "container images that start before they are there",
     "dadi-superpeer": "the datacenter's cache of container images",
@@ -34,7 +39,13 @@ _ABOUT = {
 
 
 def unit(program: str, systemd: int, binaries: str) -> str:
-    """Return the text of `program`.service; `binaries`: the directory that has the program."""
+    """Return the text of `program`.service; `binaries`: the directory that has the program.
+
+    Raises InvalidRequest for one that systemd would not find.
+    """
+    if not binaries.startswith("/") or not binaries.isprintable() or set(binaries) & set("\\\"'"):
+        why = "is not an absolute path, without quotes and the like"
+        raise InvalidRequest(f"{binaries!r} {why}", hint="--bin names a directory like /usr/bin")
     service = _NODE if program == "dadi-node" else _SERVER
     name = program.removeprefix("dadi-")
     keep = _KEPT if systemd >= KEEPS_DESCRIPTORS else _NOT_KEPT
@@ -49,20 +60,27 @@ def unit(program: str, systemd: int, binaries: str) -> str:
         [Service]
         Type=notify
         NotifyAccess=main
-        ExecStart={binaries}/{program} --config /etc/dadi/{name}.toml
+        ExecStart={{command}} --config /etc/dadi/{name}.toml
         Restart=always
         RestartSec=1
         WatchdogSec=60
         TimeoutStopSec=90
         LimitNOFILE=1048576
+        OOMPolicy=continue
         TasksMax=infinity
         StateDirectory=dadi/{name}
         StateDirectoryMode=0700
         {{service}}
         [Install]
         WantedBy=multi-user.target
-        """).format(before=before, service=service.format(keep=keep, capabilities=" ".join(
-            f"CAP_{name}" for name in CAPABILITIES)))  # fmt: skip
+        """).format(before=before, command=_quoted(f"{binaries}/{program}"), service=service.format(
+            keep=keep, capabilities=" ".join(f"CAP_{name}" for name in CAPABILITIES)))  # fmt: skip
+
+
+def _quoted(path: str) -> str:
+    """Return a program's path as systemd.service(5) has it."""
+    path = path.replace("%", "%%")  # systemd.unit(5): specifiers
+    return path if _PLAIN.fullmatch(path) else f'"{path}"'
 
 
 _KEPT = """\

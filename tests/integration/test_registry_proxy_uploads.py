@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import ssl
 from collections.abc import AsyncIterator
@@ -22,6 +23,7 @@ from registry_proxy.uploads import Uploads
 from tests.fakes.authority import Authority
 from tests.fakes.registry import FakeRegistry, Fault, cut, redirect, status
 from tests.lab.proxies import RunningProxy, proxied
+from tests.lab.services import running
 
 DATA = Random(4).randbytes(1 << 20)
 DIGEST = digests.of(DATA)
@@ -140,3 +142,42 @@ async def test_the_authorities_of_the_configuration_are_believed(tmp_path: Path)
     async with FakeRegistry(tls=context) as registry:
         config = RegistryConfig(allowed=(registry.host,), ca_file=authority.file)
         assert await pushed(config, registry.host) == 404
+
+
+@pytest.mark.parametrize("through", ["registry", "superpeer"])
+async def test_who_pulls_after_a_push_or_a_deletion_through_a_proxy_gets_what_is_there_now(
+    tmp_path: Path, registry: FakeRegistry, through: str
+) -> None:
+    registry.add_image("team/app", "1", [DATA])
+    registry.add_image("team/app", "2", [DATA[1:]])
+    first, tags = "/v2/team/app/manifests/1", "/v2/team/app/tags/list"
+    async with contextlib.AsyncExitStack() as stack:
+        urls = ()
+        if through == "superpeer":
+            urls = ((await stack.enter_async_context(running(tmp_path / "s", registry.host))).url,)
+        options = {"front": {"uploads": "pass"}, "superpeers": urls}
+        proxy = await stack.enter_async_context(proxied(tmp_path / "p", registry.host, **options))
+        _, old = await proxy.get(first)
+        answer, new = await proxy.get("/v2/team/app/manifests/2")
+        kind = {"Content-Type": answer.headers["Content-Type"]}
+        assert (await proxy.get(first))[1] == old != new, "believed for a while"
+        registry.script("/tags/list", status(200, b'{"name":"team/app","tags":["1"]}'))
+        await proxy.get(tags)
+        assert (await proxy.ask("PUT", first, data=new, headers=kind))[0].status == 201
+        assert (await proxy.get(first))[1] == new
+        registry.script("/tags/list", status(200, b'{"name":"team/app","tags":["1","2"]}'))
+        assert b'"2"' in (await proxy.get(tags))[1]
+        registry.script("/manifests/1", status(202), method="DELETE")
+        registry.script("/manifests/1", *[status(404)] * 9)
+        assert (await proxy.ask("DELETE", first))[0].status == 202
+        assert (await proxy.get(first))[0].status == 404
+        assert not [kind for kind in proxy.fallbacks() if "told" in kind]
+
+
+async def test_a_push_succeeds_though_superpeers_cannot_be_told_of_it(tmp_path: Path, registry: FakeRegistry) -> None:
+    registry.add_image("team/app", "1", [DATA])
+    options = {"front": {"uploads": "pass"}, "superpeers": ("http://127.0.0.1:9",)}
+    async with proxied(tmp_path, registry.host, **options) as proxy:
+        registry.script("/manifests/1", status(202), method="DELETE")
+        assert (await proxy.ask("DELETE", "/v2/team/app/manifests/1"))[0].status == 202
+        assert "superpeer not told of a push" in proxy.fallbacks()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import os
 import random
@@ -14,6 +15,7 @@ import pytest
 from aiohttp import web
 
 from dadi.blobs import answering
+from dadi.errors import DadiError
 
 DATA = random.Random(1).randbytes(9 << 20)
 SIZE = len(DATA)
@@ -37,8 +39,8 @@ async def serving(file: Path, ended: asyncio.Queue[str], said: int = SIZE) -> As
         try:
             await answering.send_file(request, fd, 0, said)
             ended.put_nowait("")
-        except ConnectionResetError as error:
-            ended.put_nowait(str(error))
+        except (ConnectionResetError, DadiError) as error:
+            ended.put_nowait(f"{type(error).__name__}: {error}")
             if request.transport is not None:
                 request.transport.abort()
         return response
@@ -110,7 +112,7 @@ async def test_a_file_that_is_shorter_than_it_should_be_cuts_the_answer_off(file
             assert len(await reader.read(SIZE + 1)) <= SIZE
             while await reader.read(1 << 20):
                 pass
-        assert "shorter" in await ended.get()
+        assert (await ended.get()).startswith("DadiError: the file is shorter"), "our own fault, not the reader's"
         writer.close()
 
 
@@ -126,3 +128,68 @@ async def test_who_is_cancelled_leaves_nothing_behind(file: Path) -> None:
         await asyncio.gather(*sending, return_exceptions=True)
         writer.close()
     assert ended.empty()
+
+
+@pytest.mark.parametrize("slowly", [True, False])
+async def test_who_takes_a_little_each_time_is_not_given_up_and_who_takes_nothing_is(
+    file: Path, monkeypatch: pytest.MonkeyPatch, slowly: bool
+) -> None:
+    looks: asyncio.Queue[int] = asyncio.Queue()
+    numbers = itertools.count()
+
+    def taken(_: object) -> int:
+        looks.put_nowait(1)
+        return next(numbers) if slowly else 7
+
+    monkeypatch.setattr(answering, "STALLED", 0.001)
+    monkeypatch.setattr(answering, "_taken", taken)
+    ended: asyncio.Queue[str] = asyncio.Queue()
+    async with serving(file, ended) as port, asyncio.timeout(10):
+        reader, writer = await ask(port)
+        for _ in range(10 if slowly else 2):
+            await looks.get()
+        if slowly:
+            assert await reader.readexactly(SIZE) == DATA
+            assert await ended.get() == ""
+        else:
+            assert "does not read" in await ended.get()
+        writer.close()
+
+
+async def test_what_a_reader_has_taken_is_what_its_kernel_has_acknowledged(file: Path) -> None:
+    ended: asyncio.Queue[str] = asyncio.Queue()
+    async with serving(file, ended) as port, asyncio.timeout(10):
+        _, writer = await ask(port)
+        before = answering._taken(writer.transport)
+        writer.write(b"GET /")
+        while answering._taken(writer.transport) < before + 5:
+            await asyncio.sleep(0.01)
+        assert answering._taken(writer.transport) == before + 5
+        writer.transport.abort()
+        await ended.get()
+
+
+async def test_a_disk_that_fails_is_told_as_our_own_fault(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(answering, "_in_page_cache", lambda *_: False)
+    monkeypatch.setattr(answering, "_read_ahead", fails)
+    ended: asyncio.Queue[str] = asyncio.Queue()
+    async with serving(file, ended) as port, asyncio.timeout(10):
+        _, writer = await ask(port)
+        assert (await ended.get()).startswith("DadiError: a blob's file cannot be sent: Input/output error")
+        writer.close()
+
+
+def test_a_hole_in_the_page_cache_is_found_though_both_ends_are_there(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def preadv(fd: int, into: list[bytearray], at: int, flags: int) -> int:
+        if 300 << 10 <= at < 428 << 10:
+            raise BlockingIOError
+        return 1
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert not answering._in_page_cache(-1, 0, 1 << 20)
+    assert answering._in_page_cache(-1, 1 << 20, 1 << 20)

@@ -22,7 +22,7 @@ from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.layout import MAGIC, BlobDirectory
 from dadi.blobs.verifying import Checked, Pace, verify
 from dadi.cli.main import cli
-from dadi.errors import Unsupported
+from dadi.errors import InvalidRequest, Unavailable, Unsupported
 from dadi.index.chunks import Blob, ChunkTable, blob_of
 from dadi.node.config import NodeConfig
 from dadi.node.node import Node
@@ -189,15 +189,17 @@ def test_the_command_looks_at_a_store_that_nobody_uses_and_its_status_says_what_
     assert run_cli("--state", state)[1]["bad_chunks"] == 0, "it was thrown away"
 
 
-def test_where_no_node_answers_its_store_is_looked_at_and_that_is_said(
+def test_where_no_node_answers_its_store_is_left_alone_and_what_to_do_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dadi.cli.verify.NODE", str(a_state(tmp_path / "state")))
+    monkeypatch.setattr("dadi.cli.verify.NODE", str(tmp_path / "state"))
     monkeypatch.setattr("dadi.cli.verify.SUPERPEER", str(tmp_path / "none"))
-    done = CliRunner().invoke(cli, ["verify", "--node-socket", str(tmp_path / "none.sock")])
-    assert done.exit_code == 0
-    assert f"no node answers on {tmp_path}/none.sock" in done.output
-    assert "all is as its digests say" in done.output
+    error = CliRunner().invoke(cli, ["verify", "--node-socket", str(tmp_path / "none.sock")]).exception
+    assert isinstance(error, Unavailable)
+    assert str(tmp_path / "none.sock") in error.message
+    assert f"--state {tmp_path}/state`" in (error.hint or "")
+    error = CliRunner().invoke(cli, ["verify", "--repair", "--state", str(tmp_path)]).exception
+    assert isinstance(error, InvalidRequest), "nothing would be repaired"
     assert "there is no store" in str(CliRunner().invoke(cli, ["verify", "--superpeer"]).exception)
 
 

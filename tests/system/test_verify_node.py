@@ -14,9 +14,10 @@ from click.testing import CliRunner
 
 from dadi import http
 from dadi.cli.main import cli
-from dadi.errors import Conflict
+from dadi.errors import Conflict, Unavailable
 from dadi.node import control
 from dadi.node.node import Node
+from dadi.peers.superpeer import image_answer
 from tests.fakes.registry import FakeRegistry
 from tests.lab.services import CHUNK, running, tar_of
 from tests.system.test_node import EAGER, LAZY, in_thread, mounted, node_of, nothing_stays_mounted, read, target, until
@@ -123,3 +124,35 @@ async def test_without_a_source_it_says_so_and_serves_no_wrong_byte(
         with pytest.raises(Conflict, match="being verified already"):
             await anext(node.verifying.run(repair=False, rate=1.0))
         await events.aclose()
+
+
+async def test_metadata_of_the_lowest_layers_that_nobody_else_has_is_made_again_and_a_drained_node_mounts_those(
+    tmp_path: Path, registry: FakeRegistry, target: Path
+) -> None:
+    async with running(tmp_path / "superpeer", registry.host) as run, node_of(tmp_path, run.url) as node:
+        resolving = node.upstream.resolve(f"{registry.host}/team/app:1", node.platform)
+        (answer,) = [image_answer(event) async for event in resolving if event.get("event") == "image"]
+        await node.mounts.ensure(answer, str(target), 1)
+        (row,) = node.statistics()["mounts"]
+        metadata = row["devices"][0]["blob"]
+
+        def spoil_metadata() -> None:
+            path = node.store.root / "blobs" / metadata[7:] / "data"
+            with open(path, "r+b", buffering=0) as file:
+                os.pwrite(file.fileno(), b"\1\2\3", 1024)
+                os.fsync(file.fileno())
+
+        await in_thread(spoil_metadata)
+        status, found = await verified(node)
+        assert (status, [(bad["blob"], bad["outcome"]) for bad in found["bad"]]) == (0, [(metadata, "made again")])
+        assert await read(target / "small") == b"small"
+        assert (await verified(node))[0] == 0
+        async for _ in node.drain.watch(0):
+            pass
+        for name in ("second", "third"):
+            (target.parent / name).mkdir()
+        await node.mounts.ensure(answer, str(target.parent / "second"), 1)
+        assert await read(target.parent / "second" / "small") == b"small"
+        with pytest.raises(Unavailable, match="being drained"):
+            await node.mounts.ensure(answer, str(target.parent / "third"), 0)
+        await node.mounts.unmount(str(target.parent / "second"))

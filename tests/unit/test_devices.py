@@ -32,7 +32,7 @@ class FuseSession:
 
 
 class Left:
-    name = BLOB.digest[7:]
+    name, blob, file = BLOB.digest[7:], BLOB, None
 
 
 class Loop:
@@ -119,6 +119,9 @@ async def test_a_device_that_reads_its_local_file_by_buffered_io_says_so(monkeyp
     class Store:
         def data_path(self, blob: object) -> str:
             return "/store/data"
+
+        def has(self, digest: str) -> bool:
+            return True
 
     fallbacks = Fallbacks()
     session: Any = FuseSession()

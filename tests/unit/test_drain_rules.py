@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dadi.errors import Conflict, Unavailable
+from dadi.errors import ConfigError, Conflict, Unavailable
 from dadi.node.devices import DeviceState
 from dadi.node.drain import Drain
 
@@ -23,8 +23,10 @@ class World:
         self.done: list[str] = []
         self.refusing = False
         self.state = "idle"
+        self.lost: list[str] = []
         me: Any = self
-        self.drain = Drain(me, me, me, me, files=lambda: self.files, settled=lambda: self.settled)
+        self.drain = Drain(me, me, me, me, files=lambda: self.files, settled=lambda: self.settled,
+                           lost=lambda: self.lost)  # fmt: skip
 
     def add(self, state: DeviceState, error: str | None = None) -> None:
         blob = SimpleNamespace(digest="sha256:aa", size=10)
@@ -111,3 +113,39 @@ async def test_who_ends_it_ends_it_for_those_who_watch() -> None:
     await world.drain.end()
     with pytest.raises(Conflict, match="ended by somebody else"):
         await anext(watching)
+
+
+async def test_a_lost_mount_whose_device_still_reads_through_us_is_named() -> None:
+    world = World()
+    world.files, world.lost = 1, ["the mount at /images/1 is lost: no upstream"]
+    with pytest.raises(Conflict, match="/images/1 is lost: no upstream"):
+        await events(world)
+    assert world.drain.state == "draining", "it goes on: the mount may come back"
+    world.files = 0
+    assert (await events(world))[-1]["state"] == "drained", "nothing depends on us"
+    await world.drain.close()
+
+
+async def test_others_that_cannot_be_left_in_order_do_not_keep_it_from_its_end() -> None:
+    world = World()
+
+    async def fails() -> None:
+        raise RuntimeError("a fault of ours")
+
+    world.stop_serving = fails  # type: ignore[method-assign]
+    assert (await events(world))[-1]["state"] == "drained"
+    await world.drain.close()
+
+
+async def test_a_drain_is_over_though_the_others_cannot_be_served_again_at_once() -> None:
+    world = World()
+    await events(world)
+
+    async def fails() -> None:
+        raise ConfigError("its address has gone")
+
+    world.resume = fails  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="its address has gone"):
+        await world.drain.end()
+    assert (world.drain.state, world.refusing) == ("no", False)
+    await world.drain.end()

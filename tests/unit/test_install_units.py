@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from dadi.cli.main import cli
+from dadi.errors import InvalidRequest
 from dadi.notify import Notify
 from dadi.units import texts
 from dadi.units.install import PLACE
@@ -30,10 +31,12 @@ def run(*arguments: object) -> Result:
 def test_systemd_finds_no_fault_with_a_unit(tmp_path: Path, program: str, systemd: int) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is missing (Debian's systemd)")
-    (tmp_path / program).write_text("#!/bin/sh\n")
-    (tmp_path / program).chmod(0o755)
+    binaries = tmp_path / f"{systemd} of {{mine}} 100%n"
+    binaries.mkdir()
+    (binaries / program).write_text("#!/bin/sh\n")
+    (binaries / program).chmod(0o755)
     unit = tmp_path / f"{program}.service"
-    text = texts.unit(program, systemd, str(tmp_path))
+    text = texts.unit(program, systemd, str(binaries))
     if _version() < texts.KEEPS_DESCRIPTORS:
         text = text.replace("FileDescriptorStorePreserve=yes\n", "")  # it does not know that one
     unit.write_text(text)
@@ -45,6 +48,12 @@ def test_systemd_finds_no_fault_with_a_unit(tmp_path: Path, program: str, system
 def _version() -> int:
     line = subprocess.run(["systemd-analyze", "--version"], capture_output=True, text=True, check=True).stdout
     return int(line.split()[1])
+
+
+def test_a_directory_that_systemd_would_not_find_is_refused() -> None:
+    for directory in ("bin", "/bin\nExecStartPre=/bin/false", '/opt/"mine"', "/opt/a\\b"):
+        with pytest.raises(InvalidRequest, match="not an absolute path"):
+            texts.unit("dadi-node", 252, directory)
 
 
 @pytest.mark.parametrize("systemd", [252, 254])

@@ -16,7 +16,7 @@ from dadi import digest as digests
 from dadi.blobs.disk import DiskBlobs
 from dadi.errors import DadiError, DigestMismatch, Unavailable
 from dadi.fallbacks import Fallbacks
-from dadi.index.chunks import table_of
+from dadi.index.chunks import Blob, table_of
 from dadi.originals.arriving import Arriving
 from dadi.originals.intake import Intake
 from dadi.originals.original import Original, Passing
@@ -218,4 +218,28 @@ async def test_a_second_arrival_of_the_same_blob_joins_the_first(store: DiskBlob
         while intake.busy:
             await asyncio.sleep(0.005)
     assert (intake.blobs, streams[1].closed) == (1, False)
+    await intake.close()
+
+
+async def test_who_finds_a_blob_in_the_store_may_rely_on_its_having_been_told_of(
+    store: DiskBlobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    really, seen = store.commit, asyncio.Event()
+
+    async def commit(ingest: object, blob: Blob) -> None:
+        assert told == ["verified"], "before anybody can find it"
+        await really(ingest, blob)
+        assert store.has(DIGEST)
+        seen.set()
+
+    monkeypatch.setattr(store, "commit", commit)
+    stream = Stream([DATA])
+    stream.go()
+    intake = Intake(store, Fallbacks(), lambda: 0.0)
+    original = intake.begin(DIGEST, len(DATA), lambda _: stream(), lambda: told.append("verified"))
+    assert isinstance(original, Arriving)
+    await original.settled()
+    assert seen.is_set()
+    assert told == ["verified"], "once"
     await intake.close()

@@ -118,6 +118,24 @@ def test_what_was_read_after_a_layer_became_local_was_perhaps_read() -> None:
     assert [group.recordings for group in merged(recording("n", *whole), other, *cut).groups] == [8, 1]
 
 
+def test_what_a_node_saw_of_two_starts_is_one_start_only_if_a_chunk_says_how_their_clocks_stand() -> None:
+    whole = recording("z", (C, 1), (A, 1), (B, 1), blobs=(A, B, C))
+    parts = [recording("n", (blob, 1), blobs=(blob,)) for blob in (A, B, C)]
+    assert kept(*parts).recordings == tuple(parts), "nobody saw which came first"
+    assert chunks_of(merged(whole, *parts)) == [(C, 1), (A, 1), (B, 1)]
+    later = recording("n", (C, 1), (A, 1), blobs=(A, C))
+    assert chunks_of(merged(recording("n", (A, 1), (B, 1)), later)) == [(C, 1), (A, 1), (B, 1)], "C before the old 0"
+
+
+def test_the_start_that_saw_all_stays_when_each_of_its_blobs_was_watched_by_many() -> None:
+    whole = recording("z", (C, 1), (A, 1), (B, 1), blobs=(A, B, C))
+    first = [recording(f"m{n}", (A, 1), (B, 1)) for n in range(6)]
+    last = [recording(f"o{n}", (C, 1), blobs=(C,)) for n in range(6)]
+    mixed = [each for pair in zip(first, last, strict=True) for each in pair]
+    assert chunks_of(merged(whole, *mixed)) == [(C, 1), (A, 1), (B, 1)]
+    assert len(kept(whole, *mixed).recordings) == trace.MOST_IN_GROUP
+
+
 def subsets(of: list[str], least: int = 0) -> st.SearchStrategy[set[str]]:
     return st.sets(st.sampled_from(of), min_size=least)
 
