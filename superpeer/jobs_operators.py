@@ -105,8 +105,8 @@ class Operators:
         if not self._file:
             if self._open or _is_loopback(address):
                 return
-            hint = ("name operators: prefetch.operators in its configuration (with several superpeers there is no other "
-                    "way), or run it on its machine, with --superpeer http://127.0.0.1:PORT")  # fmt: skip
+            hint = ("name operators: prefetch.operators in its configuration, the only way with several "
+                    "superpeers; or run it on the machine of the only one, with --superpeer http://127.0.0.1:PORT")
             raise AccessDenied("prefetch jobs here are for operators, who come over loopback", hint=hint)
         try:
             await self.load()

@@ -35,6 +35,8 @@ class JobSecrets:
         self._others = others
         self._jobs: dict[str, _Secret] = {}
         """By job, the one that was given last being last."""
+        self._nothing_else: set[tuple[str, str]] = set()
+        """Registry and repository where the others' were refused too, after those of jobs."""
         self.given = 0
         """How often credentials were given."""
         self.forget_grants: Callable[[Reference], None] = lambda reference: None
@@ -46,6 +48,7 @@ class JobSecrets:
         """Have a job's repository asked with these, until `forget`."""
         self._jobs.pop(job, None)
         self._jobs[job] = _Secret(reference, credentials)
+        self._nothing_else.discard((reference.registry, reference.repository))
         self.given += 1
         self.forget_grants(reference)  # who was refused before may be let in now
 
@@ -53,6 +56,7 @@ class JobSecrets:
         """Forget those of a job that is over."""
         secret = self._jobs.pop(job, None)
         if secret is not None:
+            self._nothing_else.discard((secret.reference.registry, secret.reference.repository))
             self.forget_grants(secret.reference)
 
     def has(self, job: str) -> bool:
@@ -73,6 +77,8 @@ class JobSecrets:
         for secret in ours:
             if not secret.refused:
                 return secret.credentials
+        if ours and (registry, repository) in self._nothing_else:
+            return ours[0].credentials
         return await self._others.get(registry, repository) or (ours[0].credentials if ours else None)
 
     def rejected(self, registry: str, repository: str, credentials: Credentials) -> bool:
@@ -84,7 +90,15 @@ class JobSecrets:
         ]  # fmt: skip
         for secret in ours:
             secret.refused = True
-        return bool(ours) or self._others.rejected(registry, repository, credentials)
+        if ours or self._others.rejected(registry, repository, credentials):
+            return True
+        given = [each for each in self._jobs.values() if _is_for(each.reference, registry, repository)]
+        where = registry, repository
+        if where in self._nothing_else or not given or any(each.credentials == credentials for each in given):
+            return False
+        # One refusal may have been a whim, and nothing better is left: those of jobs once more.
+        self._nothing_else.add(where)
+        return True
 
 
 def _is_for(reference: Reference, registry: str, repository: str) -> bool:

@@ -78,6 +78,7 @@ class Warming:
         job, superpeer = self._job, self._superpeer
         ref, platform = Reference.parse(job.request.reference), platforms.parse(job.request.platform)
         layers: list[tuple[str, int]] = []
+        is_known = bool(job.top_digest)  # by an attempt before, maybe before a restart
         if not job.top_digest or self._known() is None:
             try:
                 # Until it is known what the reference leads to, also when a sibling has said so.
@@ -100,7 +101,7 @@ class Warming:
                 layers = [(layer.digest, layer.size) for layer in resolved.manifest.layers]
         await self._check_room(layers)
         request, size = job.request, job.registry + besides()
-        if job.tries:
+        if is_known or job.tries:
             return  # What was found to fit is begun anew until its deadline, and has some of its bytes by now.
         plan.check_deadline(size, rate, at=request.at, deadline=request.deadline, now=self._clock())
 

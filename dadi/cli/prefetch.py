@@ -27,7 +27,7 @@ from dadi.cli.client import as_json
 from dadi.cli.prefetch_show import Board, Row
 from dadi.cli.prefetch_where import Where, images, platforms, where, where_options
 from dadi.cli.prefetch_who import Who, who_options
-from dadi.errors import DadiError, NotFound
+from dadi.errors import DadiError, InvalidRequest, NotFound
 from dadi.prefetch.life import State
 from dadi.prefetch.messages import HIGHEST, LOWEST, USUAL, Job, Readiness, Request, Scope, canonical, job_id
 from dadi.prefetch.when import moment
@@ -142,6 +142,10 @@ def start(
     job. Registry credentials (Docker's configuration, or --username) go with a job: superpeers fetch with them, or
     with their own, and keep them in memory only, until it is done.
     """
+    if 0 < pin_until <= time.time():
+        raise InvalidRequest("--pin-until is a moment that has gone", hint="it takes a date and offset, or +30d")
+    if node_rate and not nodes:
+        raise InvalidRequest("--node-rate without --nodes has no effect", hint="--nodes all")
     whom = where(superpeers, datacenters, everywhere, datacenters_file)
     meant = [(name, on) for name in images(image, from_file, from_kubernetes) for on in platforms(platform)]
     batch = secrets.token_hex(8) if rate and len(meant) > 1 else ""
@@ -293,7 +297,8 @@ def _about_job(what: str, job: str, platform: str, scope: Scope, whom: Where, wh
     reference, named, hint = "", job, "dadi prefetch list shows them"
     if not _JOB.fullmatch(job):
         request = canonical(Request(job, platforms([platform] if platform else [])[0], scope=scope))
-        named, hint = f"{request.reference}, of scope {scope}, {request.platform}", "--scope, --platform name another; list --registry private ones"
+        named = f"{request.reference}, of scope {scope}, {request.platform}"
+        hint = "--scope and --platform name another; dadi prefetch list --registry HOST lists private ones"
         job, reference = job_id(request), request.reference
 
     async def one(talk: Talk, url: str) -> Job:

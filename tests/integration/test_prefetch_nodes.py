@@ -17,7 +17,7 @@ from dadi.node.demand import Demand
 from dadi.node.warm import Warmer
 from dadi.peers.superpeer import SuperpeerClient
 from dadi.prefetch.life import State
-from dadi.prefetch.messages import Job, NodeReport, Request, canonical
+from dadi.prefetch.messages import Job, NodeReport, Pin, Request, canonical, job_id
 from superpeer.config import PrefetchConfig
 from superpeer.jobs_nodes import JobNodes
 from tests.contracts.store import content
@@ -152,6 +152,16 @@ def test_the_more_nodes_ask_the_later_they_are_to_come_again() -> None:
     now += 10_000
     asked.asked("node-1")
     assert asked.asked("node-1") == 15.0
+
+
+@pytest.mark.parametrize("state", [State.QUEUED, State.WARMING, State.FAILED])
+def test_a_job_that_is_asked_for_again_keeps_its_pin_on_nodes(state: State) -> None:
+    asked = JobNodes(None, lambda: 1000.0)  # type: ignore[arg-type]
+    request = canonical(Request("nginx", PLATFORM, nodes="all"))
+    job = Job(id=job_id(request), request=request, state=state, pins=[Pin("sha256:" + "0" * 64, 2000.0)])
+    assert asked.pinned([job], {job.id}) == (job.id,)
+    job.pins = [Pin("sha256:" + "0" * 64, 999.0)]
+    assert asked.pinned([job], {job.id}) == ()
 
 
 async def test_what_is_pinned_is_kept_on_nodes_too_until_its_time_or_until_it_is_cancelled(

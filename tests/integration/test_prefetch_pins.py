@@ -73,14 +73,14 @@ async def test_who_asks_again_without_a_time_leaves_the_pin(
     made = await indexed.add(registry, "team/app", TARS[:1], tmp_path)
     async with running(tmp_path / "s", registry.host, authorization="open") as run:
         first = await prefetched(run, made.reference, pin_until=LATER)
-        pinned = str(first.pinned)
+        pinned, first_manifest = str(first.pinned), first.manifest_digest
         if after == "failed":
             registry.script("/manifests/1", *[Fault(status=404)] * 100)
         if after == "moved":
             registry.add_image("team/app", "1", TARS[1:])
         again = await prefetched(run, made.reference)
         assert again.state is (State.FAILED if after == "failed" else State.READY)
-        assert len(again.pins) == (2 if after == "moved" else 1)
+        assert [pin.manifest for pin in again.pins] == [first_manifest], "what it is now nobody asked to pin"
         evict_all(run)
         registry.script("", *AWAY)
         assert await starts_without_the_registry(run, pinned) == TARS[:1]
@@ -142,3 +142,26 @@ async def test_a_pin_ends_by_itself_and_by_cancel(tmp_path: Path, registry: Fake
         prefetch.sweep()
         assert prefetch.statistics()["pinned"] == 0
         assert job.pins == []
+
+
+async def test_cancelling_a_run_that_waits_leaves_what_was_pinned_before(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    made = await indexed.add(registry, "team/app", TARS[:1], tmp_path)
+    async with running(tmp_path / "s", registry.host, authorization="open") as run:
+        prefetch = run.superpeer.prefetch
+        job = await prefetched(run, made.reference, pin_until=LATER)
+        await prefetch.submit(canonical(Request(made.reference, PLATFORM, at=LATER)))
+        cancelled = await prefetch.cancel(job.id)
+        assert cancelled.state is State.CANCELLED
+        assert (len(cancelled.pins), prefetch.statistics()["pinned"]) == (1, 1)
+        await prefetch.cancel(job.id)
+        assert prefetch.statistics()["pinned"] == 0
+
+
+async def test_a_pin_that_is_over_before_the_job_is_said(tmp_path: Path, registry: FakeRegistry) -> None:
+    made = await indexed.add(registry, "team/app", TARS[:1], tmp_path)
+    async with running(tmp_path / "s", registry.host, authorization="open") as run:
+        job = await prefetched(run, made.reference, pin_until=1.0)
+        assert (job.state, job.pins) == (State.READY, [])
+        assert job.notes == ["its pin was over before it was ready: it is not kept"]

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from pathlib import Path
+
+import msgspec
+import pytest
 
 from dadi.prefetch.life import State
 from dadi.prefetch.messages import Job, Lacking, Request, canonical, job_id
+from superpeer import job_store
 from superpeer.job_store import JobStore
 
 
@@ -42,3 +48,35 @@ async def test_a_directory_that_cannot_be_written_stops_nobody(tmp_path: Path) -
     store = JobStore(tmp_path / "gone" / "deeper")
     await store.save(job())
     assert not (tmp_path / "gone").exists()
+
+
+async def test_a_request_that_is_refused_by_now_stops_no_start(tmp_path: Path) -> None:
+    for name, request in {"a" * 12: Request("UPPER CASE//", "linux/amd64"),
+                          "b" * 12: Request("nginx", "linux/amd64", nodes="300%")}.items():  # fmt: skip
+        (tmp_path / f"{name}.json").write_bytes(msgspec.json.encode(Job(id=name, request=request)))
+    assert await JobStore(tmp_path).load() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_save_that_is_cancelled_does_not_replace_a_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, each, write = JobStore(tmp_path), job(), job_store.write_durably
+    began, may = threading.Event(), threading.Event()
+
+    def slow(path: Path, data: bytes) -> None:
+        began.set()
+        may.wait(10)
+        write(path, data)
+
+    monkeypatch.setattr(job_store, "write_durably", slow)
+    first = asyncio.create_task(store.save(each))
+    await asyncio.to_thread(began.wait, 10)
+    first.cancel()
+    each.state = State.CANCELLED
+    second = asyncio.create_task(store.save(each))
+    await asyncio.sleep(0)
+    may.set()
+    await asyncio.gather(first, second, return_exceptions=True)
+    assert first.cancelled()
+    assert [loaded.state for loaded in await store.load()] == [State.CANCELLED]

@@ -48,6 +48,29 @@ class TestRates:
         rates.changed(one)
         assert bucket.rate == 50.0
 
+    def test_an_attempt_anew_takes_from_the_bucket_of_the_earlier_one(self) -> None:
+        rates = Rates(lambda: 0.0)
+        one = job("a")
+        bucket = rates.begin(one, 4)
+        rates.divide(one, 4)
+        assert rates.begin(one, 4) is bucket
+        assert bucket.rate == 100.0, "it is indexed again"
+        one.request = joined(one.request, canonical(Request("a", "linux/amd64", rate=10.0)))
+        rates.changed(one)
+        assert bucket.rate == 10.0
+
+    def test_a_batch_keeps_the_rate_that_was_said_last_of_any_of_its_images(self) -> None:
+        rates = Rates(lambda: 0.0)
+        one, other = job("a", batch="b"), job("b", batch="b")
+        bucket = rates.begin(one, 1)
+        rates.begin(other, 1)
+        one.request = joined(one.request, canonical(Request("a", "linux/amd64", rate=10.0)))
+        rates.changed(one)
+        rates.divide(other, 1)
+        assert bucket.rate == rates.of(other) == 10.0
+        rates.begin(job("c", batch="b"), 2)
+        assert bucket.rate == 5.0
+
     def test_images_of_one_command_share_its_rate(self) -> None:
         rates = Rates(lambda: 0.0)
         jobs = [job(name, batch="b") for name in ("a", "b", "c")]
@@ -225,7 +248,10 @@ class TestSecrets:
         secrets.remember("job", self.REFERENCE, self.MINE)
         assert secrets.rejected("registry.example", "team/app", self.MINE)
         assert await secrets.get("registry.example", "team/app") == self.OWN
-        assert not secrets.rejected("registry.example", "team/app", self.OWN)
+        assert secrets.rejected("registry.example", "team/app", self.OWN), "the job's once more: one refusal is a whim"
+        assert await secrets.get("registry.example", "team/app") == self.MINE
+        assert not secrets.rejected("registry.example", "team/app", self.MINE)
+        assert not secrets.rejected("registry.example", "team/app", self.OWN), "and not over and over"
         alone = JobSecrets(FixedCredentials())
         alone.remember("job", self.REFERENCE, self.MINE)
         assert alone.rejected("registry.example", "team/app", self.MINE)
