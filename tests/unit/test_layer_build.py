@@ -201,6 +201,7 @@ async def test_another_diff_id_is_a_digest_mismatch_that_names_both() -> None:
         (b"BZh91AY" + bytes(100), Unsupported, "bzip2"),
         (bytes(range(256)) * 100, Malformed, "tar header at byte 0"),
     ],
+    ids=["component", "breaks off", "cut off", "behind its end", "strange type", "bzip2", "no tar"],
 )
 async def test_a_layer_that_is_wrong_in_itself_is_named(blob: bytes, error: type[Malformed], why: str) -> None:
     with pytest.raises(error, match=why) as caught:
