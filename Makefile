@@ -13,7 +13,7 @@ demo: setup     ## show the main job with real parts (root); ARGS="--help" for o
 	@$(PYTHON) -m demo $(ARGS)
 
 test: setup     ## all tests; what this machine cannot run is skipped with its reason; ARGS="-k name" selects
-	@$(PYTHON) -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(PYTHON) -m pytest $(ARGS)
 
 check: setup    ## ruff and mypy
 	@.venv/bin/ruff check .

@@ -23,9 +23,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        # Of two processes that run tests (`make test`) one has all that use the kernel's mounts, devices and clocks.
-        if {"system", "faults"} & set(item.path.parts):
-            item.add_marker(pytest.mark.xdist_group("kernel"))
         if item.get_closest_marker("root"):
             why = _why_not_root()
             if why:
