@@ -75,7 +75,7 @@ class Answer(web.StreamResponse):
         """Call this first: what fails from now on cuts the connection (`http.cut_if_begun`)."""
         await http.mark_begun(self._asked, self)
 
-    async def write(self, *pieces: _Piece) -> None:  # type: ignore[override]
+    async def write(self, *pieces: _Piece) -> None:  # type: ignore[override]  # several pieces, one system call
         """Send pieces of the body, in chunked encoding as one chunk."""
         if self._chunked_body:
             pieces = (b"%x\r\n" % sum(map(len, pieces)), *pieces, b"\r\n")

@@ -48,7 +48,7 @@ def deflated(data: bytes, *, level: int = 6, strategy: int = zlib.Z_DEFAULT_STRA
 
 
 def zstd(data: bytes, **options: object) -> bytes:
-    return zstandard.ZstdCompressor(**options).compress(data)  # type: ignore[arg-type]
+    return zstandard.ZstdCompressor(**options).compress(data)
 
 
 def skippable(data: bytes) -> bytes:

@@ -35,7 +35,7 @@ def padded(data: bytes) -> bytes:
 
 
 def member(name: bytes = b"f", data: bytes = b"", type: bytes = b"0", **more: object) -> bytes:
-    return header(name, type, len(data), **more) + padded(data)  # type: ignore[arg-type]
+    return header(name, type, len(data), **more) + padded(data)
 
 
 def record(key: bytes, value: bytes) -> bytes:

@@ -24,7 +24,7 @@ from dadi.node.loop import LOOP_CTL_GET_FREE
 
 READS = ("pread", "preadv", "sendfile")
 WRITES = ("pwrite", "ftruncate", "fsync", "fdatasync", "rename", "mkdir")
-_LOOKED_AT_EVERY = 0.02
+LOOKED_AT_EVERY = 0.02
 
 
 class _Injury:
@@ -36,7 +36,7 @@ class _Injury:
         self._monotonic = time.monotonic
 
     def now(self) -> dict[str, Any]:
-        if self._monotonic() - self._looked > _LOOKED_AT_EVERY:
+        if self._monotonic() - self._looked > LOOKED_AT_EVERY:
             self._looked = self._monotonic()
             try:
                 self._now = json.loads(self._file.read_bytes())
@@ -49,7 +49,7 @@ class _Injury:
         if call not in now.get("calls", ()) or random.random() >= now["share"]:
             return False
         try:
-            path = os.readlink(f"/proc/self/fd/{what}") if isinstance(what, int) else os.fspath(what)  # type: ignore[call-overload]
+            path = os.readlink(f"/proc/self/fd/{what}") if isinstance(what, int) else os.fspath(what)
         except OSError:
             return False
         return str(path).startswith(self._state)

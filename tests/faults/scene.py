@@ -20,6 +20,7 @@ from typing import Any
 from dadi.cli.client import NodeClient
 from dadi.errors import DadiError
 from dadi.index.chunks import DEFAULT_CHUNK_SIZE
+from tests.faults.injured import LOOKED_AT_EVERY
 from tests.faults.supply import Content, Supply
 from tests.lab.cleanup import Lab, loops, mounts_below
 from tests.lab.forking import Forked, Forks
@@ -170,6 +171,7 @@ class InjuredNode(Node):
         """From now on this is wrong, and nothing else."""
         (self.directory / "injury.new").write_text(json.dumps(injury))
         (self.directory / "injury.new").rename(self.directory / "injury")
+        time.sleep(2 * LOOKED_AT_EVERY)
 
 
 class Scene:

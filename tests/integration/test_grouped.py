@@ -393,7 +393,7 @@ async def test_parents_are_shown_no_token_unless_they_have_proved_that_they_hold
     await rack.add(6, token="the token of all")
     first = rack.delegates()[0]
     odd, *others = rack.others(first)
-    odd.directory._tokens = FixedTokens("another token")  # type: ignore[assignment]
+    odd.directory._tokens = FixedTokens("another token")
     await rack.start(odd, *others, first)
     assert odd.desk.group.has_outer_place(BLOB.digest), "it is the first, so the root"
     inner = [node for node in (*others, first) if not node.desk.group.has_outer_place(BLOB.digest)]
@@ -464,7 +464,7 @@ async def test_a_node_that_has_joined_nothing_leaves_its_group_without_a_token(r
     async def no_token(headers: Any, *blobs: str) -> None:
         raise TokenRefused("a token is needed, and none was shown")
 
-    rack.peers.gate = SimpleNamespace(admit=no_token)  # type: ignore[assignment]
+    rack.peers.gate = SimpleNamespace(admit=no_token)
     node = rack.nodes["n0"]
     await node.directory.leave()
     assert len(rack.peers.groups) == 3

@@ -63,7 +63,7 @@ async def test_where_the_superpeer_that_signed_has_died_a_renewal_is_asked_anew_
         fallbacks = Fallbacks()
         client = SuperpeerClient([f"http://127.0.0.1:{port}", stand_in.url], fallbacks, connect=1, read=5,
                                  credentials=keychain.credential)  # fmt: skip
-        client.superpeers.order = lambda key: sorted(  # type: ignore[method-assign]
+        client.superpeers.order = lambda key: sorted(
             client.superpeers.names, key=lambda name: (name == stand_in.url) == dead_first
         )
         try:

@@ -86,7 +86,7 @@ async def asked(script: Script, chunks: Sequence[int] = range(4), read: float = 
         try:
             await line.ask(BLOB, chunks, Urgency.STARTUP, 0, heard)
         except DadiError as error:
-            error.heard = heard  # type: ignore[attr-defined]
+            error.heard = heard
             raise
     return heard
 

@@ -154,7 +154,7 @@ async def test_a_proven_index_is_used_for_another_image_without_reading_the_laye
         assert read() == before
 
 
-async def is_replaced(run: Running, reference: str, tars: list[bytes]):  # type: ignore[no-untyped-def]
+async def is_replaced(run: Running, reference: str, tars: list[bytes]):
     """Whoever asks now gets an index made on first sight, and the right bytes."""
     async with asyncio.timeout(20):
         while (index := await run.index(reference)).origin != FIRST_SIGHT:

@@ -414,7 +414,7 @@ async def test_demand_hurries_what_backfill_wants_of_a_blob_that_has_no_place_ye
         asked.append(urgency)
         await bring(blob, chunks, urgency)
 
-    world.root.bring = watched  # type: ignore[method-assign]
+    world.root.bring = watched
     backfill = asyncio.ensure_future(node.chain.read(BLOB, range(1), Urgency.BACKFILL))
     while not node.parents._unplaced:
         await asyncio.sleep(0)

@@ -144,7 +144,7 @@ async def test_who_has_no_token_hears_of_public_images_only(tmp_path: Path) -> N
 
 def test_the_more_nodes_ask_the_later_they_are_to_come_again() -> None:
     now = 0.0
-    asked = JobNodes(None, lambda: now)  # type: ignore[arg-type]
+    asked = JobNodes(None, lambda: now)
     for _ in range(3):
         pauses = [asked.asked(f"node-{n}") for n in range(10_000)]
         now += pauses[-1]
@@ -156,7 +156,7 @@ def test_the_more_nodes_ask_the_later_they_are_to_come_again() -> None:
 
 @pytest.mark.parametrize("state", [State.QUEUED, State.WARMING, State.FAILED])
 def test_a_job_that_is_asked_for_again_keeps_its_pin_on_nodes(state: State) -> None:
-    asked = JobNodes(None, lambda: 1000.0)  # type: ignore[arg-type]
+    asked = JobNodes(None, lambda: 1000.0)
     request = canonical(Request("nginx", PLATFORM, nodes="all"))
     job = Job(id=job_id(request), request=request, state=state, pins=[Pin("sha256:" + "0" * 64, 2000.0)])
     assert asked.pinned([job], {job.id}) == (job.id,)

@@ -190,7 +190,7 @@ async def test_a_listing_is_asked_for_again(client: RegistryClient, registry: Fa
 
 async def test_entries_that_make_no_sense_are_left_out(client: RegistryClient, registry: FakeRegistry) -> None:
     odd = {**listed(2), "digest": "sha512:" + "0" * 128}
-    registry.script("/referrers/", listing(odd, {"a": 1}, listed(1), {**listed(3), "size": -1}))  # type: ignore[dict-item]
+    registry.script("/referrers/", listing(odd, {"a": 1}, listed(1), {**listed(3), "size": -1}))
     assert [entry.size for entry in await client.referrers(ref(registry), SUBJECT.digest)] == [1]
 
 
@@ -297,7 +297,7 @@ async def test_who_is_overwritten_writes_again(client: RegistryClient, registry:
             registry.add_manifest("team/app", "list", theirs, types.OCI_INDEX)
         await sleep(seconds)
 
-    time.sleep = sleep_while_others_write  # type: ignore[method-assign]
+    time.sleep = sleep_while_others_write
     racer = RegistryClient(
         RegistryConfig(plain_http=(registry.host,)), credentials=FixedCredentials(), clock=time.clock()
     )

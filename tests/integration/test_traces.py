@@ -138,7 +138,7 @@ async def registry() -> AsyncIterator[FakeRegistry]:
 @pytest.fixture
 async def run(tmp_path: Path, registry: FakeRegistry) -> AsyncIterator[Running]:
     async with running(tmp_path, registry.host) as made:
-        made.reference = f"{registry.host}/team/app:1"  # type: ignore[attr-defined]
+        made.reference = f"{registry.host}/team/app:1"
         yield made
 
 
@@ -159,7 +159,7 @@ def program(index: ImageIndex, *pieces: tuple[int, range | list[int]]) -> list[C
 
 async def start(node: Node, run: Running, *pieces: tuple[int, range | list[int]], ahead: bool = False) -> list[Chunk]:
     """Mount, run the program (when the replay is over, with `ahead`), wait for what is told."""
-    await node.mount(run.reference)  # type: ignore[attr-defined]
+    await node.mount(run.reference)
     if ahead:
         await node.replayed()
     order = program(node.index, *pieces)
@@ -189,7 +189,7 @@ async def test_what_one_node_reads_another_one_has_before_it_reads(run: Running)
 async def test_a_read_that_overtakes_the_replay_is_served_and_recorded(run: Running) -> None:
     async with nodes(run, "one", "two") as (one, two):
         order = await start(one, run, (0, range(30)))
-        await two.mount(run.reference)  # type: ignore[attr-defined]
+        await two.mount(run.reference)
         await two.run(reversed(order))  # nothing of the replay has come by now for the first of them
         await two.told()
         assert two.misses > 0
@@ -217,7 +217,7 @@ async def test_a_wrong_trace_is_not_replayed_again_and_dropped_by_the_superpeer(
 async def test_what_became_local_in_the_middle_of_a_start_is_not_held_against_the_trace(run: Running) -> None:
     async with nodes(run, "one", "two") as (one, two):
         order = await start(one, run, (0, range(20)), (1, [2]))
-        await two.mount(run.reference)  # type: ignore[attr-defined]
+        await two.mount(run.reference)
         await two.replayed()
         await two.run(program(two.index, (1, [2]), (0, range(3))))
         two.becomes_local(two.index.device_blobs()[0])
@@ -264,7 +264,7 @@ async def test_two_entry_points_are_told_apart_by_what_they_read(run: Running) -
 async def test_traces_outlive_a_restart_and_what_is_damaged_is_dropped(tmp_path: Path, registry: FakeRegistry) -> None:
     reference = f"{registry.host}/team/app:1"
     async with running(tmp_path, registry.host) as run, nodes(run, "one") as (one,):
-        run.reference = reference  # type: ignore[attr-defined]
+        run.reference = reference
         await start(one, run, (0, range(3)))
         manifest = one.index.manifest_digest
         data = run.superpeer.traces.given(manifest)
@@ -284,7 +284,7 @@ async def test_traces_outlive_a_restart_and_what_is_damaged_is_dropped(tmp_path:
 
 async def test_what_the_image_does_not_have_and_what_is_no_message_is_refused(run: Running) -> None:
     async with nodes(run, "one") as (one,):
-        await one.mount(run.reference)  # type: ignore[attr-defined]
+        await one.mount(run.reference)
         manifest, blob = one.index.manifest_digest, one.index.device_blobs()[0]
         for blobs, chunk in ((((blob.digest, CHUNK),), blob.table.count), (((blob.digest, 2 * CHUNK),), 0),
                              ((("sha256:" + "0" * 64, CHUNK),), 0)):  # fmt: skip
@@ -323,9 +323,9 @@ async def test_most_images_and_bytes_are_kept(tmp_path: Path, registry: FakeRegi
         running(tmp_path, registry.host, traces=TracesConfig(most=1)) as run,
         nodes(run, "one", "two") as (one, two),
     ):
-        run.reference = f"{registry.host}/team/app:1"  # type: ignore[attr-defined]
+        run.reference = f"{registry.host}/team/app:1"
         await start(one, run, (0, range(3)))
-        run.reference = f"{registry.host}/team/other:1"  # type: ignore[attr-defined]
+        run.reference = f"{registry.host}/team/other:1"
         await start(two, run, (0, range(3)))
         assert run.superpeer.traces.given(one.index.manifest_digest) == b""
         assert run.superpeer.traces.given(two.index.manifest_digest) != b""
@@ -334,7 +334,7 @@ async def test_most_images_and_bytes_are_kept(tmp_path: Path, registry: FakeRegi
 
 async def test_a_crowd_costs_a_few_merges_and_tells_of_a_few_starts(run: Running) -> None:
     async with nodes(run, "one") as (one,):
-        await one.mount(run.reference)  # type: ignore[attr-defined]
+        await one.mount(run.reference)
         manifest, (first, second) = one.index.manifest_digest, one.index.device_blobs()
         traces = run.superpeer.traces
         blobs = ((first.digest, CHUNK), (second.digest, CHUNK))
@@ -350,7 +350,7 @@ async def test_a_crowd_costs_a_few_merges_and_tells_of_a_few_starts(run: Running
         (group,) = trace.decode(traces.given(manifest), Trace).groups
         assert group.recordings == trace.MOST_IN_GROUP
         with pytest.raises(Unavailable):
-            await traces_of_node.bring(node_like(one), run.reference, PLATFORM,  # type: ignore[attr-defined]
+            await traces_of_node.bring(node_like(one), run.reference, PLATFORM,
                                        trace_json.to_json(trace.decode(traces.given(manifest), Trace)))  # fmt: skip
         row = await one.keeper.send(told[0])
         assert row is False, "what is not taken is not kept back from who sent it"
@@ -378,7 +378,7 @@ async def test_what_would_take_too_much_memory_is_refused_and_who_goes_away_stop
     run: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with nodes(run, "one") as (one,):
-        await one.mount(run.reference)  # type: ignore[attr-defined]
+        await one.mount(run.reference)
         manifest, (first, _) = one.index.manifest_digest, one.index.device_blobs()
         traces = run.superpeer.traces
         monkeypatch.setattr("superpeer.traces._MOST_STEPS_WAITING", 3)
@@ -432,9 +432,9 @@ async def test_a_superpeer_that_is_away_costs_the_start_nothing_but_the_trace(ru
         async def away(*arguments: object) -> bytes:
             raise DadiError("away")
 
-        await one.mount(run.reference)  # type: ignore[attr-defined]
+        await one.mount(run.reference)
         await one.startups.close()
-        one.keeper.fetch = one.keeper.send = away  # type: ignore[assignment, method-assign]
+        one.keeper.fetch = one.keeper.send = away
         await start(one, run, (0, range(3)))
         assert [row["kind"] for row in one.fallbacks.statistics()] == ["no startup trace", "startup trace not sent"]
 
@@ -453,7 +453,7 @@ async def test_siblings_learn_what_one_of_them_is_told(tmp_path: Path, registry:
         (one,) = await stack.enter_async_context(nodes(made[0], "one"))
         one.client.superpeers._static = list(urls)
         one.client.superpeers._update()
-        made[0].reference = f"{registry.host}/team/app:1"  # type: ignore[attr-defined]
+        made[0].reference = f"{registry.host}/team/app:1"
         await start(one, made[0], (0, range(3)))
         manifest = one.index.manifest_digest
         first, second = (by_url[url].superpeer.traces for url in owners(manifest, urls))

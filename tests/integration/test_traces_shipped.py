@@ -70,7 +70,7 @@ async def client(storage: DockerRegistry) -> AsyncIterator[RegistryClient]:
 @contextlib.asynccontextmanager
 async def datacenter(directory: Path, reference: str, **options: Any) -> AsyncIterator[tuple[Running, Node]]:
     async with running(directory, reference.partition("/")[0], **options) as run, nodes(run, "one") as (one,):
-        run.reference = reference  # type: ignore[attr-defined]
+        run.reference = reference
         yield run, one
 
 

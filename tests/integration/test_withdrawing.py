@@ -208,7 +208,7 @@ async def test_a_device_that_is_demoted_and_healed_again_and_again_leaks_nothing
             assert (device.state, device.error) == (DeviceState.LAZY, "not now")
             loop.error = None
             await devices.complete(device)
-            files_left = devices._session.files  # type: ignore[attr-defined]
+            files_left = devices._session.files
             assert (device.state, device.error, files_left) == (DeviceState.LOCAL, None, set())
             if round == 0:
                 held = len(os.listdir("/proc/self/fd"))

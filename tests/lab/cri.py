@@ -157,7 +157,7 @@ def _call(method: Any, request: Any) -> Any:
     try:
         return method(request, timeout=TIMEOUT)
     except grpc.RpcError as error:
-        code, details = error.code(), error.details()  # type: ignore[attr-defined]
+        code, details = error.code(), error.details()
         raise LabFailed(f"{type(request).__name__}: {code.name}: {details}") from None
 
 

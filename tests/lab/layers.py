@@ -64,28 +64,28 @@ def member(
 
 
 def file(path: bytes, data: bytes = b"", **attributes: object) -> Member:
-    return member(path, data=data, **attributes)  # type: ignore[arg-type]
+    return member(path, data=data, **attributes)
 
 
 def directory(path: bytes, mode: int = 0o755, **attributes: object) -> Member:
-    return member(path, tarfile.DIRTYPE, mode=mode, **attributes)  # type: ignore[arg-type]
+    return member(path, tarfile.DIRTYPE, mode=mode, **attributes)
 
 
 def symlink(path: bytes, target: bytes, **attributes: object) -> Member:
-    return member(path, tarfile.SYMTYPE, target=target, mode=0o777, **attributes)  # type: ignore[arg-type]
+    return member(path, tarfile.SYMTYPE, target=target, mode=0o777, **attributes)
 
 
 def hardlink(path: bytes, target: bytes, **attributes: object) -> Member:
-    return member(path, tarfile.LNKTYPE, target=target, **attributes)  # type: ignore[arg-type]
+    return member(path, tarfile.LNKTYPE, target=target, **attributes)
 
 
 def fifo(path: bytes, **attributes: object) -> Member:
-    return member(path, tarfile.FIFOTYPE, **attributes)  # type: ignore[arg-type]
+    return member(path, tarfile.FIFOTYPE, **attributes)
 
 
 def device(path: bytes, kind: str, major: int, minor: int, **attributes: object) -> Member:
     kinds = {"c": tarfile.CHRTYPE, "b": tarfile.BLKTYPE}
-    return member(path, kinds[kind], device=(major, minor), **attributes)  # type: ignore[arg-type]
+    return member(path, kinds[kind], device=(major, minor), **attributes)
 
 
 def whiteout(path: bytes) -> Member:
@@ -103,7 +103,7 @@ def tar_of(*members: Member) -> bytes:
     """Return a tar of these members."""
     buffer = io.BytesIO()
     options = {"format": tarfile.PAX_FORMAT, "encoding": "utf-8", "errors": "surrogateescape"}
-    with tarfile.open(fileobj=buffer, mode="w", **options) as tar:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=buffer, mode="w", **options) as tar:
         for info, data in members:
             tar.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
@@ -115,7 +115,7 @@ def index_of_tar(source: bytes | Path) -> LayerIndex:
     with stream, tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
         entries = [_entry(info) for info in tar]
         stream.seek(0)
-        diff_id = "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+        diff_id = "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
         size = stream.seek(0, os.SEEK_END)
     return LayerIndex(VERSION, diff_id, size, diff_id, ChunkTable(size, DEFAULT_CHUNK_SIZE, b""), tuple(entries))
 
@@ -160,7 +160,7 @@ def _entry(info: tarfile.TarInfo) -> Entry:
 
 def _extents(info: tarfile.TarInfo) -> tuple[Extent, ...]:
     found, at = [], info.offset_data
-    for offset, length in info.sparse or ():  # type: ignore[attr-defined]
+    for offset, length in info.sparse or ():
         found.append(Extent(offset, at, length))
         at += length
     return tuple(found)

@@ -86,7 +86,7 @@ class _Prefetching:
 async def _blobs(node: Node, image: str) -> dict[str, Blob]:
     """Return the image's layers, by diff ID; their trees have been joined, as by a mount."""
     event: dict[str, Any] = {}
-    async with contextlib.aclosing(node.upstream.resolve(image, node.platform)) as events:  # type: ignore[type-var]
+    async with contextlib.aclosing(node.upstream.resolve(image, node.platform)) as events:
         async for event in events:
             if event["event"] == "image":
                 break

@@ -226,7 +226,7 @@ class Pulling:
         self.chain = labels.chain_ids(registry.diff_ids)
 
     async def run(self, reference: Reference = REFERENCE) -> PullReport:
-        pull = Pull(self.registry, self.containerd, reference, PLATFORM, progress=self.notices)  # type: ignore[arg-type]
+        pull = Pull(self.registry, self.containerd, reference, PLATFORM, progress=self.notices)
         return await pull.run()
 
 

@@ -42,7 +42,7 @@ def through(data: bytes, step: int = 1 << 20, max_size: int = 1 << 30) -> bytes:
 
 
 def zstd(data: bytes, **options: object) -> bytes:
-    return zstandard.ZstdCompressor(**options).compress(data)  # type: ignore[arg-type]
+    return zstandard.ZstdCompressor(**options).compress(data)
 
 
 def gzip_with_header(data: bytes, flags: int, fields: bytes) -> bytes:

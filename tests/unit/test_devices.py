@@ -51,7 +51,7 @@ async def test_what_is_left_is_not_taken_away_from_a_mount_that_is_just_claiming
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     session: Any = FuseSession()
-    node: Any = Devices(None, None, session, None, Fallbacks())  # type: ignore[arg-type]
+    node: Any = Devices(None, None, session, None, Fallbacks())
     left: Any = Left()
     node._left[BLOB.digest] = devices._Left("/dev/loop9", left, contextlib.ExitStack())
     node._place = PLACE
@@ -79,7 +79,7 @@ async def test_what_is_left_is_not_taken_away_from_a_mount_that_is_just_claiming
 
 async def test_what_nobody_claims_disappears_and_the_event_loop_does_not_wait_for_it() -> None:
     session: Any = FuseSession()
-    node: Any = Devices(None, None, session, None, Fallbacks())  # type: ignore[arg-type]
+    node: Any = Devices(None, None, session, None, Fallbacks())
     left: Any = Left()
     for number, digest in enumerate(("claimed", BLOB.digest)):
         node._left[digest] = devices._Left(f"/dev/loop{number}", left, contextlib.ExitStack())
@@ -126,7 +126,7 @@ async def test_a_device_that_reads_its_local_file_by_buffered_io_says_so(monkeyp
     fallbacks = Fallbacks()
     session: Any = FuseSession()
     store: Any = Store()
-    node: Any = Devices(store, None, session, None, fallbacks)  # type: ignore[arg-type]
+    node: Any = Devices(store, None, session, None, fallbacks)
     device: Any = devices.Device(BLOB)
     device.users = 1
     device.loop = loop.LoopDevice("/dev/loop9", -1)

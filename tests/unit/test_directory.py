@@ -32,7 +32,7 @@ def beat(who: Peer, *places: tuple[str, Place], complete: bool = False, **more: 
         Told(blob, place.order, place.depth, tuple(p.id for p in place.parents), complete=complete)
         for blob, place in places
     )
-    return Heartbeat(who, blobs=told, **more)  # type: ignore[arg-type]
+    return Heartbeat(who, blobs=told, **more)
 
 
 def parents_of(directory: Directory, blob: str = BLOB) -> dict[str, str]:

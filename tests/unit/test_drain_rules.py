@@ -132,7 +132,7 @@ async def test_others_that_cannot_be_left_in_order_do_not_keep_it_from_its_end()
     async def fails() -> None:
         raise RuntimeError("a fault of ours")
 
-    world.stop_serving = fails  # type: ignore[method-assign]
+    world.stop_serving = fails
     assert (await events(world))[-1]["state"] == "drained"
     await world.drain.close()
 
@@ -144,7 +144,7 @@ async def test_a_drain_is_over_though_the_others_cannot_be_served_again_at_once(
     async def fails() -> None:
         raise ConfigError("its address has gone")
 
-    world.resume = fails  # type: ignore[method-assign]
+    world.resume = fails
     with pytest.raises(ConfigError, match="its address has gone"):
         await world.drain.end()
     assert (world.drain.state, world.refusing) == ("no", False)

@@ -23,11 +23,11 @@ NAME = 255
 
 def file(path: bytes, mark: int = 0, **attributes: object) -> Entry:
     """A file that can be told from others by its mtime, `mark`."""
-    return Entry(path, Kind.FILE, mode=0o644, mtime=mark, **attributes)  # type: ignore[arg-type]
+    return Entry(path, Kind.FILE, mode=0o644, mtime=mark, **attributes)
 
 
 def directory(path: bytes, mode: int = 0o700, **attributes: object) -> Entry:
-    return Entry(path, Kind.DIRECTORY, mode=mode, **attributes)  # type: ignore[arg-type]
+    return Entry(path, Kind.DIRECTORY, mode=mode, **attributes)
 
 
 def symlink(path: bytes, target: bytes) -> Entry:

@@ -45,7 +45,7 @@ def digest_of(content: bytes) -> str:
 
 
 def entry(path: bytes, kind: Kind = Kind.FILE, **attributes: object) -> Entry:
-    return Entry(path, kind, **{"mode": 0o644, **attributes})  # type: ignore[arg-type]
+    return Entry(path, kind, **{"mode": 0o644, **attributes})
 
 
 def test_the_structs_have_the_sizes_of_the_kernels() -> None:
@@ -98,7 +98,7 @@ def test_only_layers_whose_data_are_referred_to_are_devices_and_a_layer_used_twi
     assert image.superblock.device_blocks == [-(-len(tars[n]) // 4096) * 8 for n in (2, 3)]
     assert facts[b"a"].content == digest_of(b"2")
     assert facts[b"replaced"].content == digest_of(b"3")
-    assert image.indexes(inode_at(image, b"replaced"))[1][0][0] == 2  # type: ignore[index]
+    assert image.indexes(inode_at(image, b"replaced"))[1][0][0] == 2
 
 
 def test_the_same_layers_give_the_same_bytes_in_every_process() -> None:
@@ -435,7 +435,7 @@ def test_random_trees_read_back_exactly(
             more = {"target": data.replace(b"\0", b"-") or b"-"}
         elif kind is not Kind.DIRECTORY:
             more = {"major": len(data) % 4096, "minor": len(data) * 600}
-        made = Entry(path, kind, **attributes, **more)  # type: ignore[arg-type]
+        made = Entry(path, kind, **attributes, **more)
         entries.append(made)
         expected[path] = (made, data)
         if second and kind is not Kind.DIRECTORY:

@@ -105,5 +105,5 @@ def test_recompressed_layer_holds_the_same_tar(tmp_path: Path) -> None:
     image = images.synthetic(tmp_path / "image", layers=1, size=1 << 16)
     layout = oci_layout.Layout(tmp_path / "image")
     for compression in ("zstd", "none", "gzip"):
-        again = layout.recompress(image.layers[0], compression)  # type: ignore[arg-type]
+        again = layout.recompress(image.layers[0], compression)
         assert (again.diff_id, again.tar_size) == (image.layers[0].diff_id, image.layers[0].tar_size)

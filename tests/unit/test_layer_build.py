@@ -334,7 +334,7 @@ async def test_pieces_that_are_no_bytes_end_the_pass() -> None:
         yield "text"
 
     with pytest.raises(TypeError):
-        await build(text(), source_of(FORMS["gzip"]), Sink())  # type: ignore[arg-type]
+        await build(text(), source_of(FORMS["gzip"]), Sink())
 
 
 async def test_what_on_progress_raises_ends_the_pass() -> None:

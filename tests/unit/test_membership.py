@@ -57,7 +57,7 @@ class World:
         self.directory = Directory()
         self.fallbacks = Fallbacks()
         self.health = Health()
-        self.asking = Asking(lambda digest: ["http://s"], lambda name: None, self.health, Frames(0),  # type: ignore
+        self.asking = Asking(lambda digest: ["http://s"], lambda name: None, self.health, Frames(0),
                              self.fallbacks, clock=lambda: self.now)  # fmt: skip
         self.membership = Membership(
             ME, self.directory, self.asking, self.fallbacks, in_use=lambda: self.used,

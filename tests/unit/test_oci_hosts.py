@@ -96,7 +96,7 @@ def test_mirrors_are_read() -> None:
 )
 def test_a_configuration_that_makes_no_sense_is_refused(config: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="registry"):
-        Hosts(**config)  # type: ignore[arg-type]
+        Hosts(**config)
 
 
 @pytest.mark.parametrize(

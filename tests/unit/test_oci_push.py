@@ -92,7 +92,7 @@ async def test_closing_a_body_stops_a_source_that_waits_and_closes_it() -> None:
             closed.set()
 
     outgoing = Body(1, source).start()
-    reader = asyncio.create_task(anext(outgoing))  # type: ignore[arg-type]
+    reader = asyncio.create_task(anext(outgoing))
     await waits.wait()
     await outgoing.close()
     assert closed.is_set()

@@ -51,7 +51,7 @@ class Asker:
 async def asked(*urgencies: Urgency) -> list[tuple[range, Urgency]]:
     line, asker = Line(), Asker()
     of_any: Any = line
-    pipe = Pipe("up", of_any, asker)  # type: ignore[arg-type]
+    pipe = Pipe("up", of_any, asker)
     try:
         for place, urgency in enumerate(urgencies):
             for number in range(40):  # scattered: nothing can be joined
@@ -78,7 +78,7 @@ async def scattered(chunks: int, chunk: int, urgency: Urgency) -> tuple[Line, As
     """Want every other one of `chunks` of `chunk` bytes, from an upstream that takes what is scattered."""
     line, asker = Line(scattered=True), Asker()
     of_any: Any = line
-    pipe = Pipe("up", of_any, asker)  # type: ignore[arg-type]
+    pipe = Pipe("up", of_any, asker)
     blob = Blob(BLOB.digest, ChunkTable(2 * chunks * chunk, chunk, bytes(64 * chunks)))
     for number in range(chunks):
         pipe.want(Wish(blob, 2 * number, urgency, 0))

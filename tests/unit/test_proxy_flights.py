@@ -9,7 +9,7 @@ import pytest
 
 from dadi.errors import AccessDenied, Unavailable
 from dadi.oci.reference import Reference
-from dadi.originals.asked import KEEP, Asked
+from dadi.originals.asked import KEEP, Asked, Asker
 from dadi.originals.away import Away, Flights
 from dadi.originals.caller import ANYBODY, Caller
 from dadi.originals.challenges import Challenges
@@ -180,7 +180,7 @@ async def test_credentials_of_who_asked_for_a_blob_are_forgotten_and_anonymous_c
     time.now += KEEP + 1
     asked._blobs.purge()
     assert [one.caller for one in asked.of(DIGEST)] == [ANYBODY]
-    held = [one for one in gc.get_objects() if type(one).__name__ == "Asker" and one.caller == ANNE]
+    held = [one for one in gc.get_objects() if isinstance(one, Asker) and one.caller == ANNE]
     assert held == [], "nobody has them any more"
     asked.close()
 
