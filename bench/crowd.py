@@ -67,6 +67,7 @@ def run(bench: Bench) -> None:
                       [r.registry for r in many], limit=1.01))  # fmt: skip
     bench.note(f"The image: {made.size / 1e6:.1f} MB of incompressible files; the startup set's chunks have "
                f"{made.startup_bytes / 1e6:.1f} MB. One child a node (slots = 1).")  # fmt: skip
+    bench.note("Nodes of the rack know each other before it begins, as where they were up before the image came.")
     bench.note(f"{last} nodes, superpeer, registry and the network between them share {os.cpu_count()} cores: where "
                "these are busy all the time they are what is measured.")  # fmt: skip
 
@@ -86,6 +87,8 @@ def _measure(bench: Bench, made: Material, rate: str, numbers: tuple[int, ...], 
 def _run(made: Material, rate: str, number: int, peers: bool) -> Run:
     setting = Setting(nodes=number, rate=rate, peers=peers, mounting=False)
     with Lab("bench", images.CACHE) as lab, Crowd(lab, made, setting) as crowd:
+        if peers:
+            crowd.wait_for_groups()
         crowd.go()
         time.sleep(max(0.0, crowd.began - time.monotonic()))
         before, began = _busy_seconds(), time.monotonic()

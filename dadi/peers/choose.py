@@ -14,9 +14,12 @@ below that one just wait. Without that distinction one dead node near the top wo
 in their order is the superpeer. Patience counts from the last thing that came from a peer: what stands in a queue that
 moves is not late.
 
-Nor may anybody wait for ever: who is cut off, hostile, or waits for us in turn. After `waiting_most` somebody else is
-asked too, and if he has it at once the one that waited counts as late. The nearer to where it is stuck the sooner:
-those below then have it from the parent that they waited for, and do not blame it.
+Nor may anybody wait for ever: who is cut off, hostile, or waits for us in turn. `waiting_most` after the last chunk of
+the blob that came from it (on slow links a queue is long, and moves) somebody else is asked too. The nearer to where
+it is stuck the sooner: those below then have it from the parent that they waited for, and do not blame it. First for
+one run only: where the registry is slow everybody waits for everything, and what comes in the end comes to all. When
+that run came from elsewhere, and then still nothing from the one that waits, others follow; if they come from elsewhere
+at once, too, it counts as late.
 
 Hedges cost upload. They are paid from an allowance: each ask earns a tenth of one, each second five. Asking somebody
 else after a failure, or because the peer was dropped meanwhile, is no hedge. Without allowance, and where whoever else
@@ -52,7 +55,7 @@ class Settings(msgspec.Struct, frozen=True):
     superpeer_silent: float = 1.0
     """A superpeer that says nothing for so long is taken for dead; until then it has much to do."""
     waiting_most: float = 5.0
-    """After so long somebody else is asked too, however often it says that it waits."""
+    """After so long without a chunk from it somebody else is asked too, however often it says that it waits."""
     waiting_suspect: float = 0.5
     """The same of a peer that is not GOOD."""
 
@@ -97,6 +100,10 @@ class Chooser:
         self._drops_seen = 0
         self._progress: dict[str, float] = {}
         """When something last came from each upstream."""
+        self._probes: dict[str, Ask] = {}
+        """Of each upstream that waits too long, the ask for which somebody else is asked too."""
+        self._passed: dict[str, float] = {}
+        """When a run first came from somebody else for which an upstream said that it waits; since, nothing from it."""
         self._allowance = _MOST_HEDGES / 2
         self._paid_at = 0.0
 
@@ -106,8 +113,10 @@ class Chooser:
     def learn(self, place: Place) -> None:
         """Take the parents that the directory gives. What is being asked goes on."""
         self.parents = tuple(peer.id for peer in place.parents)
-        known = (*self.parents, *self.superpeers)
-        self._progress = {name: at for name, at in self._progress.items() if name in known}
+        known = {*self.parents, *self.superpeers}
+        for seen in (self._progress, self._probes, self._passed):
+            for name in seen.keys() - known:
+                del seen[name]
 
     def order(self, now: float) -> list[str]:
         """Return whom a new ask would try, in order."""
@@ -138,7 +147,7 @@ class Chooser:
                 if waiting:
                     if not a_try.waiting:
                         a_try.waiting_since = now
-                    a_try.waits_until = a_try.waiting_since + self._waiting_most(ask, upstream, now)
+                    a_try.waits_until = self._waits_until(ask, a_try, now)
                     a_try.due = min(a_try.due + self.settings.waiting, max(now, a_try.waits_until))
                 a_try.waiting = waiting
         if ask.tries:
@@ -159,12 +168,17 @@ class Chooser:
             self.health.ended(a_try.upstream)
             if a_try.upstream == upstream:
                 passed_over = False
+                self._passed.pop(upstream, None)
                 self.health.took(ask.size, now - max(a_try.since, began, self._progress.get(upstream, 0.0)))
                 if a_try.waiting or now < self._due(ask, a_try):
                     self.health.happened(upstream, Event.ANSWERED, now)
                 continue
             others.append(a_try.upstream)
-            late = now >= a_try.waits_until and at_once if a_try.waiting else now >= self._due(ask, a_try)
+            late = now >= self._due(ask, a_try)
+            if a_try.waiting:
+                late = now >= a_try.waits_until and at_once and self._was_passed(ask, a_try, now)
+                if passed_over and a_try.upstream not in self._passed:
+                    self._passed[a_try.upstream] = now
             if passed_over and late:
                 self.health.happened(a_try.upstream, Event.LATE, now)
         ask.tries = []
@@ -221,7 +235,7 @@ class Chooser:
             upstream = next(self._candidates(ask.hops, _tried(ask), now), None)
             if upstream is not None and not left and self._late_again(ask, now):
                 left = True
-            if upstream is not None and (left or self._pay(now)):
+            if upstream is not None and (left or (self._first_to_wait(ask, now) and self._pay(now))):
                 self.hedges += not left
                 self._try(ask, upstream, now)
                 found.append((ask, upstream))
@@ -254,13 +268,37 @@ class Chooser:
     def _due(self, ask: Ask, a_try: Try) -> float:
         """Return when a try is late. One that stands in a queue is not, as long as the queue moves."""
         moved = self.health.last_heard(a_try.upstream)  # for another blob, too: they share one queue to it
-        return a_try.due if a_try.waiting or moved <= a_try.since else moved + self.health.patience(ask.size)
+        if moved <= a_try.since:
+            return a_try.due
+        if a_try.waiting:
+            again = moved + self.settings.waiting + self.health.patience(ask.size)
+            return max(a_try.due, min(again, a_try.waits_until))
+        return moved + self.health.patience(ask.size)
 
-    def _waiting_most(self, ask: Ask, upstream: str, now: float) -> float:
-        """Return for how many seconds an upstream may say that it waits."""
-        good = self.health.state(upstream, now) is State.GOOD
-        most = self.settings.waiting_most if good else self.settings.waiting_suspect
-        return most * _SOONER_A_HOP ** min(ask.hops, 8)
+    def _waits_until(self, ask: Ask, a_try: Try, now: float) -> float:
+        """Return until when an upstream may say that it waits."""
+        since, most = a_try.waiting_since, self.settings.waiting_suspect
+        if self.health.state(a_try.upstream, now) is State.GOOD:
+            since, most = max(since, self._progress.get(a_try.upstream, 0.0)), self.settings.waiting_most
+        return since + most * _SOONER_A_HOP ** min(ask.hops, 8)
+
+    def _first_to_wait(self, ask: Ask, now: float) -> bool:
+        """Say whether to ask somebody else for what a peer waits for that is well; see the head of this file."""
+        a_try = ask.tries[-1]
+        name = a_try.upstream
+        if not a_try.waiting or self.health.state(name, now) is not State.GOOD:
+            return True
+        if self._was_passed(ask, a_try, now):
+            return True
+        if self._probes.get(name, ask) is not ask and self._probes[name] in self._open:
+            return False
+        self._probes[name] = ask
+        return True
+
+    def _was_passed(self, ask: Ask, a_try: Try, now: float) -> bool:
+        """Say whether one that waits has given nothing since somebody else did: what comes to all takes a moment."""
+        passed = self._passed.get(a_try.upstream)
+        return passed is not None and now >= passed + self.health.patience(ask.size)
 
     def _give_up_silent(self, ask: Ask, now: float) -> None:
         """Count those as failing that have said nothing for several times what an answer takes, hedge or no hedge."""

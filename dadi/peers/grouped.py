@@ -6,8 +6,9 @@
                 and joins at the superpeers where that does not take it either
     introduce   POST /v1/peers/group at the superpeer that is responsible for the rack, each heartbeat: who are my mates
 
-A delegate has `_PATIENCE` to answer: what it is asked is a dictionary lookup, and reads wait for a place for 0.3 s
-only. Each one that is passed over is noted.
+A delegate has `_PATIENCE` to answer: what it is asked is a dictionary lookup, but its link may be full, and a busy one
+that is passed over splits the group's tree; a read waits for its place a little longer than for three of them. Each one
+that is passed over is noted.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ from dadi.peers.superpeers import SETTINGS
 from dadi.peers.tokens import Tokens
 
 log = structlog.get_logger()
-_PATIENCE = 0.15
+_PATIENCE = 0.6
+_FOR_OTHERS = 2.0
+"""Seconds; for others than joins there is time until the next heartbeat."""
 _MAX_ANSWER = 4 << 20
 _SOON = 1.0
 """Seconds between two introductions, at least: when somebody comes that is not known as a mate."""
@@ -272,7 +275,7 @@ class GroupedDirectory:
     async def _post(self, delegate: str, verb: str, said: msgspec.Struct, kind: Any) -> Any:
         mate = self._mate(delegate)
         data = bytearray()
-        timeout = aiohttp.ClientTimeout(total=_PATIENCE)
+        timeout = aiohttp.ClientTimeout(total=_PATIENCE if verb == "join" else _FOR_OTHERS)
         self._health.asked(delegate)
         try:
             async with http.request(

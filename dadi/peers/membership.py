@@ -30,7 +30,8 @@ from dadi.peers.places import Fault, Heartbeat, Peer, Place, Told, is_loopback, 
 
 log = structlog.get_logger()
 _ADDRESS = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):[0-9]{1,5}")
-_PATIENCE = 0.3
+_PATIENCE = 2.0
+"""Seconds. A superpeer that takes long to give places has much to do: reads of it would make that longer still."""
 _GATHER = 0.05
 """Seconds for which blobs whose parents have failed are gathered: one dead parent is the parent of many blobs."""
 _YOUNG = 60.0

@@ -43,7 +43,7 @@ def settings(link: float = 0.0) -> health.Settings:
     between the two links may be slower than either.
     """
     slowest = min(_SLOWEST, link / 32 or _SLOWEST)
-    return health.Settings(margin=0.2, longest=0.3, slowest=slowest)
+    return health.Settings(margin=0.4, longest=0.5, slowest=slowest)
 
 
 class Parents:

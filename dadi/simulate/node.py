@@ -27,7 +27,7 @@ _AGAIN = 0.05
 _NO_ANSWER = 1.0
 """Seconds after which a superpeer that says nothing to a join is given up."""
 _LEFT_ALONE = 60.0
-_PATIENCE = 0.15
+_PATIENCE = 0.6
 """Seconds that a delegate has to answer (`dadi/peers/grouped.py`)."""
 
 

@@ -311,7 +311,7 @@ async def test_a_silent_parent_costs_a_hedge_and_not_a_timeout(world: World) -> 
 
 async def test_a_crawling_parent_is_left(world: World) -> None:
     top = await world.node("n0")
-    slow = await world.node("slow", top, rate=2 * C)
+    slow = await world.node("slow", top, rate=C)
     slow.upload._free_at = 0.0
     low = await world.node("low", slow, top)
     assert await low.read(step=4) == DATA

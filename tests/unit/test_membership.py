@@ -198,7 +198,7 @@ async def test_parents_stay_while_the_directory_puts_off_a_join_for_others(world
 
 async def test_nobody_waits_for_a_place_longer_than_a_moment(world: World) -> None:
     world.membership.expect([A])
-    world.now += 0.31
+    world.now += 2.01
     await world.membership.placed(A.digest)
     assert world.membership.late == 1
     await world.membership.placed("sha256:of-no-image")
