@@ -6,12 +6,15 @@
     GET  /v1/peers?blob=D…                 →  {"trees": {digest: rows}}
 
 On the port where the node serves chunks. It listens to members of its group, at the address that the superpeer has
-vouched for, and hears of whom it does not know by asking the superpeer anew. No token is shown here: what a mate joins
-is its own business, and what it has shown as `proof` goes to those that are told of it as a parent.
+vouched for, and hears of whom it does not know by asking the superpeer anew, which it lets a stranger wait for: nodes
+that come up and start an image at once would go to the superpeer else, each by itself. No token is shown here: what a
+mate joins is its own business, and what it has shown as `proof` goes to those that are told of it as a parent.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import ipaddress
 import time
 from collections.abc import Callable
@@ -35,6 +38,9 @@ _PRESSED = 5.0
 _EXPIRY = 3.0
 """Heartbeats after which a mate is forgotten."""
 _TIDY_EVERY = 1.0
+_STRANGER = 0.4
+"""Seconds that who is not known may wait until the superpeer has been asked; less than mates wait for an answer."""
+_MOST_STRANGERS = 256
 
 
 class Desk:
@@ -53,6 +59,8 @@ class Desk:
         self._every = Settings().heartbeat
         self._tidied = float("-inf")
         self._proofs: dict[str, dict[str, str]] = {}
+        self._learned = asyncio.Event()
+        self._strangers = 0
         self.directory = Directory(Settings(root_slots=1, most_blobs=_MOST_BLOBS), now=self._now())
 
     def __repr__(self) -> str:
@@ -68,6 +76,11 @@ class Desk:
     def pace(self, every: float) -> None:
         """Mates will be heard of every so many seconds."""
         self._every = every
+
+    def learned(self) -> None:
+        """The superpeer has said who is in the group."""
+        self._learned.set()
+        self._learned = asyncio.Event()
 
     # ---- what mates ask, and this node itself
 
@@ -127,11 +140,11 @@ class Desk:
         if short_of:
             raise Unavailable(f"this node is short of {short_of}", retry_after=_PRESSED)
         said = await message(request, Join, _MAX_BODY)
-        return answer(self.join(self._mate(said.peer.id, request), said))
+        return answer(self.join(await self._heard_of(said.peer.id, request), said))
 
     async def _heartbeat(self, request: web.Request) -> web.Response:
         said = await message(request, Heartbeat, _MAX_BODY)
-        return answer(self.heartbeat(self._mate(said.peer.id, request), said))
+        return answer(self.heartbeat(await self._heard_of(said.peer.id, request), said))
 
     async def _leave(self, request: web.Request) -> web.Response:
         said = await message(request, Leave, _MAX_BODY)
@@ -149,6 +162,20 @@ class Desk:
     def trees(self, blobs: list[str]) -> dict[str, list[dict[str, Any]]]:
         """Return the rows of the group's trees."""
         return {blob: self.directory.tree(blob) for blob in blobs}
+
+    async def _heard_of(self, peer_id: str, request: web.Request) -> Peer:
+        """Do as `_mate`, after the superpeer was asked if it is not known."""
+        if peer_id not in self.group.mates and self._strangers < _MOST_STRANGERS:
+            learned = self._learned
+            self._strangers += 1
+            self.unknown()
+            try:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_STRANGER):
+                        await learned.wait()
+            finally:
+                self._strangers -= 1
+        return self._mate(peer_id, request)
 
     def _mate(self, peer_id: str, request: web.Request) -> Peer:
         """Return who asks, as the superpeer vouches for it. Raises Conflict for who is no mate of ours."""

@@ -41,7 +41,7 @@ _PATIENCE = 0.6
 _FOR_OTHERS = 2.0
 """Seconds; for others than joins there is time until the next heartbeat."""
 _MAX_ANSWER = 4 << 20
-_SOON = 1.0
+_SOON = 0.3
 """Seconds between two introductions, at least: when somebody comes that is not known as a mate."""
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -107,6 +107,7 @@ class GroupedDirectory:
         if answer is not None:
             self._group.learn(answer.version, answer.mates)
             self.desk.pace(answer.heartbeat)
+            self.desk.learned()
 
     async def _introducing(self) -> None:
         while True:

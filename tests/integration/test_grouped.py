@@ -28,6 +28,7 @@ from dadi.blobs.serving import BlobServer, Compressor
 from dadi.errors import Conflict, TokenRefused, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob, blob_of
+from dadi.peers import desk as desks
 from dadi.peers import group as groups
 from dadi.peers import grouped
 from dadi.peers.desk import Desk
@@ -424,6 +425,40 @@ async def test_nobody_but_mates_at_their_own_address_is_heard(rack: Rack) -> Non
         with pytest.raises(Conflict):
             await post("join", Join(Peer("far"), (BLOB.digest,)))
     assert desk.directory.statistics()["nodes"] == 0
+
+
+async def test_who_has_just_come_up_waits_until_its_delegate_has_heard_of_it(
+    rack: Rack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desks, "_STRANGER", 10.0)
+    await rack.add(5)
+    await rack.start()
+    asking: list[asyncio.Task[None]] = []
+    for node in rack.nodes.values():
+        node.desk.unknown = lambda node=node: asking.append(asyncio.create_task(node.directory.introduce()))
+    late = rack.nodes["late"] = Node(rack, "late")
+    await late.serve()
+    await late.directory.introduce()
+    assert all("late" not in node.desk.group.mates for node in rack.others(late))
+    before = rack.joins
+    await rack.start(late)
+    assert rack.joins == before, "it is no second root"
+    assert late.place().parents
+    assert not late.kinds()
+    assert await late.read() == DATA
+    await asyncio.gather(*asking)
+
+
+async def test_strangers_do_not_wait_in_any_number(rack: Rack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desks, "_STRANGER", 60.0)
+    monkeypatch.setattr(desks, "_MOST_STRANGERS", 0)
+    await rack.add(4)
+    late = rack.nodes["late"] = Node(rack, "late")
+    await late.serve()
+    await late.directory.introduce()
+    await rack.start(late)
+    assert late.kinds()["delegate passed over"]
+    assert late.place() is not None, "of the superpeer"
 
 
 async def test_a_delegate_that_is_in_another_group_now_takes_nobodys_word_and_its_mates_go_on(rack: Rack) -> None:
