@@ -92,6 +92,8 @@ class TarParser:
         self._held = bytearray()
         # The member that is being read, for messages; what extended headers said about the next one, and about all.
         self._header: Header | None = None
+        self._padding = 0
+        """Zeros behind its data, which some writers leave out behind the last of all."""
         self._long: dict[bytes, bytes] = {}
         self._records: tar_pax.Records = {}
         self._global_records: tar_pax.Records = {}
@@ -122,9 +124,11 @@ class TarParser:
     def finish(self) -> tuple[Entry, ...]:
         """Return the entries in the order of the tar; raise Malformed if it ends in the middle of a member."""
         ended = self._next == sys.maxsize
-        at_edge = self._fed == self._next and self._reader in (self._read_header, self._read_last_zeros)
+        between = self._reader in (self._read_header, self._read_last_zeros)
+        at_edge = between and self._next - self._padding <= self._fed <= self._next
         if not ended and (not at_edge or self._long or self._records):
-            raise Malformed(f"the tar breaks off at byte {self._fed}, in {self._member_name()}")
+            hint = "it was pushed so: build and push the image again"
+            raise Malformed(f"the tar breaks off at byte {self._fed}, in {self._member_name()}", hint=hint)
         return tuple(self._entries)
 
     def _member_name(self) -> str:
@@ -137,7 +141,7 @@ class TarParser:
         if block == ZEROS:
             self._reader = self._read_last_zeros
             return
-        self._header = None
+        self._header, self._padding = None, 0
         header = self._header = tar_header.parse(block)
         kind = _KINDS.get(header.type)
         if kind is not None:
@@ -197,6 +201,7 @@ class TarParser:
         if sparse is None:
             offset = self._next
             self._next += padded(header.size)
+            self._padding = padded(header.size) - header.size
             self._keep(kind, header, xattrs, header.size, offset)
         elif sparse.map.more:
             self._sparse, self._reader = sparse, self._read_map

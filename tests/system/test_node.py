@@ -153,6 +153,24 @@ async def test_backfill_completes_the_image_and_leaves_the_read_path(
         assert loops_below(tmp_path) == []
 
 
+async def test_a_layer_whose_last_file_is_not_padded_is_mounted_lazily_and_locally(
+    tmp_path: Path, registry: FakeRegistry, target: Path
+) -> None:
+    layer = tar_of(**{"small.txt": b"hello\n", "big.bin": BIG})
+    layer = layer[: layer.rindex(BIG[-64:]) + 64]
+    assert len(layer) % 512
+    registry.add_image("team/bare", "1", [layer])
+    async with running(tmp_path / "superpeer", registry.host) as run:
+        for backfill, state in ((LAZY, "lazy"), (EAGER, "local")):
+            async with node_of(tmp_path, run.url, backfill=backfill) as node:
+                await mounted(node, f"{registry.host}/team/bare:1", target)
+                await until(lambda node=node, state=state: node.statistics()["mounts"][0]["state"] == state)
+                await in_thread(lambda: Path("/proc/sys/vm/drop_caches").write_text("3"))
+                assert await read(target / "big.bin") == BIG
+                assert await read(target / "small.txt") == b"hello\n"
+                await node.mounts.unmount(str(target))
+
+
 async def test_what_is_local_is_attached_locally_at_once(
     tmp_path: Path, registry: FakeRegistry, target: Path
 ) -> None:

@@ -263,6 +263,21 @@ def test_a_lone_block_of_zeros_inside_is_malformed() -> None:
 )  # fmt: skip
 def test_a_tar_that_breaks_off_inside_of_a_member_is_malformed(data: bytes) -> None:
     assert len(parse(data)) == 1
-    for cut in [*range(1, len(data), 97), *range(512, len(data), 512), len(data) - 1]:
+    for cut in [*range(1, len(data), 97), *range(512, len(data), 512), len(data.rstrip(b"\0")) - 1]:
+        if data[:cut].rstrip(b"\0") == data.rstrip(b"\0"):
+            continue  # nothing is missing but padding: see below
         with pytest.raises(Malformed, match="breaks off"):
             parse(data[:cut])
+
+
+@pytest.mark.parametrize("left", [0, 1, 423, 424])
+def test_the_zeros_behind_the_last_data_may_be_missing(left: int) -> None:
+    data = member(b"first", b"y" * 100) + member(b"a", b"x" * 600)
+    entries = parse(data[: len(data) - 424 + left])
+    assert [(entry.path, entry.size) for entry in entries] == [(b"first", 100), (b"a", 600)]
+
+
+def test_data_that_are_missing_are_no_padding() -> None:
+    data = member(b"a", b"x" * 600)
+    with pytest.raises(Malformed, match="breaks off at byte 1111"):
+        parse(data[: len(data) - 425])
