@@ -1,7 +1,8 @@
 """What a daemon tells systemd (sd_notify(3)): datagrams to $NOTIFY_SOCKET, or nothing where there is none.
 
     READY=1                     it serves; `Type=notify` units count as started from then on
-    EXTEND_TIMEOUT_USEC=…       it is still starting, and its event loop runs: no reason to give it up
+    EXTEND_TIMEOUT_USEC=…       it is still starting, and its event loop runs: no reason to give it up, for half an hour
+                                in all; one that has come no further by then systemd ends, and starts anew
     WATCHDOG=1                  its event loop runs; the unit's WatchdogSec= is told to us as $WATCHDOG_USEC
     STOPPING=1                  it was told to stop
 
@@ -14,17 +15,24 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Awaitable, Callable, Mapping
 
 _WHILE_STARTING = 10.0
 """Seconds between two signs of life before READY=1; each asks for `_PATIENCE` more."""
 _PATIENCE = 60.0
+_LONGEST_START = 1800.0
+"""Seconds for which a start is excused. Long: one that is slow and is ended begins again from its beginning."""
 
 
 class Notify:
     """One for a process."""
 
-    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, environment: Mapping[str, str] = os.environ, *,
+                 clock: Callable[[], float] = time.monotonic,
+                 sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:  # fmt: skip
+        self._clock = clock
+        self._sleep = sleep
         self._address = environment.get("NOTIFY_SOCKET", "")
         micros, pid = environment.get("WATCHDOG_USEC", ""), environment.get("WATCHDOG_PID", "")
         ours = pid in ("", str(os.getpid()))
@@ -52,20 +60,22 @@ class Notify:
 
     async def live(self) -> None:
         """Give signs of life from the event loop until cancelled; returns at once where nobody listens."""
+        until = self._clock() + _LONGEST_START
         while self._address:
             if not self._ready:
-                self.send(f"EXTEND_TIMEOUT_USEC={int(_PATIENCE * 1e6)}")
+                if (left := until - self._clock()) > 0:
+                    self.send(f"EXTEND_TIMEOUT_USEC={int(min(_PATIENCE, left) * 1e6)}")
                 await self._until_ready(_WHILE_STARTING)
                 continue
             if not self.watchdog:
                 return
             self.send("WATCHDOG=1")
-            await asyncio.sleep(self.watchdog / 3)
+            await self._sleep(self.watchdog / 3)
 
     async def _until_ready(self, seconds: float) -> None:
         for _ in range(int(seconds / 0.5)):
             if not self._ready:
-                await asyncio.sleep(0.5)
+                await self._sleep(0.5)
 
 
 notify = Notify()

@@ -54,7 +54,7 @@ from dadi.peers.shown import HEADER
 from superpeer.catalog import Catalog
 from superpeer.config import SuperpeerConfig
 from superpeer.lazy_layers import LazyLayers
-from superpeer.ranged import Lie
+from superpeer.ranged import Lie, lie_of
 from superpeer.who_may import WhoMay
 
 OnLie = Callable[[ImageLayer, Lie], Awaitable[None]]
@@ -100,7 +100,7 @@ class Assembly:
             async with self._lazy.packed(reference, layer) as packed:
                 yield _Ranges(packed.chunks, self._lazy, reference)
         except DigestMismatch as error:
-            await self._on_lie(layer, Lie(error.message))
+            await self._on_lie(layer, lie_of(error))
             raise
 
 

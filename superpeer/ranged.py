@@ -37,7 +37,7 @@ from dadi.index.image import ImageLayer
 from dadi.index.layer import Entry
 from dadi.index.seek import Form, SeekTable
 from dadi.index.tar import TarLimits, TarParser
-from superpeer.ranges import Held, PackedLayer
+from superpeer.ranges import Held, PackedLayer, WrongRange
 
 _LARGEST_RUN = 4 << 20
 """Bytes of the tar that are unpacked, and held in memory, as one."""
@@ -62,7 +62,20 @@ _PIECE = 1 << 20
 
 
 class Lie(DadiError):
-    """What an index said is not so. Never leaves the superpeer: the index is replaced by one of our own."""
+    """What an index said is not so. Never leaves the superpeer: the index is replaced by one of our own.
+
+    `proven`: by the index itself, or by the layer's digests. Else ranges of the compressed layer came otherwise than
+    its table says, twice: who spoils bytes on their way (a proxy, memory) makes any index look so.
+    """
+
+    def __init__(self, message: str, *, proven: bool = True, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.proven = proven
+
+
+def lie_of(error: DadiError) -> Lie:
+    """Return what wrong chunks of a layer say of its index."""
+    return Lie(error.message, proven=not isinstance(error, WrongRange))
 
 
 def decoded(raw: bytes, layer: ImageLayer) -> tuple[SeekTable, int]:
@@ -114,7 +127,7 @@ class RangedLayer:
         try:
             await together(self._bring(steps, urgency) for _ in range(_BRINGING))
         except (DigestMismatch, Malformed) as error:
-            raise Lie(error.message) from error
+            raise lie_of(error) from error
         finally:
             self._waiting -= 1
 
@@ -159,7 +172,7 @@ class RangedLayer:
                 await self.packed.chunks.read(blob, run, Urgency.BACKFILL)
             await _finish(self._store, blob)
         except DigestMismatch as error:  # not of our disk's bytes: of the registry's, twice
-            raise Lie(error.message) from error
+            raise lie_of(error) from error
         except Lie:
             raise
         except DadiError as error:

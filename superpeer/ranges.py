@@ -53,6 +53,10 @@ class RegistryRanges:
         return [bytes(data[at - offset : at - offset + size]) for at, size in ends]
 
 
+class WrongRange(DigestMismatch):
+    """A range that came wrong, and wrong again: either the table lies, or the bytes are spoilt on their way."""
+
+
 class VerifiedRanges(Verified):
     """`ranges`, verified; what is wrong is asked for once more, without mirrors, before anybody is called a liar."""
 
@@ -62,13 +66,16 @@ class VerifiedRanges(Verified):
         self._fallbacks = fallbacks
 
     async def read(self, blob: Blob, chunks: range, urgency: Urgency = Urgency.DEMAND) -> list[bytes]:
-        """Return the run; raise DigestMismatch if it is wrong twice."""
+        """Return the run; raise WrongRange if it is wrong twice."""
         try:
             return await super().read(blob, chunks, urgency)
         except DigestMismatch as error:
             self._fallbacks.note("wrong range, asked the registry itself again", error.message)
             self._ranges.mirrors = False
+        try:
             return await super().read(blob, chunks, urgency)
+        except DigestMismatch as error:
+            raise WrongRange(error.message, source=error.source, hint=error.hint) from error
 
 
 class Held:

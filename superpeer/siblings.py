@@ -18,7 +18,8 @@ over until it is tried again (`dadi/peers/superpeers.py`).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from functools import partial
 from typing import Annotated, Any, cast
 
@@ -38,6 +39,8 @@ from dadi.index.chunks import Blob
 from dadi.index.image import ImageLayer
 from dadi.peers.access import keys_of
 from dadi.peers.gate import AUTHORIZATION
+from dadi.peers.hanging import Hanging
+from dadi.peers.health import State
 from dadi.peers.keys import PublicKeys
 from dadi.peers.places import Digest
 from dadi.peers.superpeers import Resolver, Superpeers, addresses_of
@@ -76,6 +79,7 @@ class Siblings:
         self.list_headers: Callable[[], Mapping[str, str]] = dict
         """What to show to siblings with the question for all their images."""
         self._quick = aiohttp.ClientTimeout(total=3.0, sock_connect=1.0)
+        self._hanging = Hanging(tls)
         self._learning: dict[str, asyncio.Task[None]] = {}
         self._adopting: dict[str, asyncio.Task[None]] = {}
         self._unknown = Answers()
@@ -201,7 +205,7 @@ class Siblings:
             raise Unavailable("it did not answer a moment ago")
         where = f"{url}/v1/blobs/{digest}/origin"
         async with (
-            superpeers.asking(url),
+            self._asking(url),
             http.request(self.session, "GET", where, "asking a sibling", headers=self.headers(digest),
                          timeout=self._quick) as response,
         ):  # fmt: skip
@@ -230,8 +234,15 @@ class Siblings:
     async def _read(self, url: str, blob: Blob, chunks: range, urgency: Urgency) -> list[bytes]:
         if not self.superpeers.health.may_ask(url, self.superpeers.clock()):
             raise Unavailable("it did not answer a moment ago")
-        async with self.superpeers.asking(url):
+        async with self._asking(url):
             return await self._verified(url).read(blob, chunks, urgency)
+
+    @contextlib.asynccontextmanager
+    async def _asking(self, url: str) -> AsyncIterator[None]:
+        """Around what somebody waits for: one that hangs must not cost each of them seconds."""
+        first = self.superpeers.state(url) == State.PROBING.value
+        async with self.superpeers.asking(url), self._hanging.watched(url, first=first):
+            yield
 
     async def take(self, url: str, layer: ImageLayer, chunks: range, urgency: Urgency) -> None:
         """Bring chunks of a layer's tar into the store from one sibling.
@@ -324,6 +335,7 @@ class Siblings:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.chunks.close()
+        await self._hanging.close()
         await self.superpeers.close()
         await self.session.close()
 

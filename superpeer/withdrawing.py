@@ -1,6 +1,6 @@
 """Withdraws an index that lies: its images are forgotten and indexed anew, and what it had vouched for is removed.
 
-    lied            an index from a registry: its artifact is never used again (`refused.py`)
+    lied            an index from a registry: its artifact is never used again, or not for a while (`refused.py`)
     sibling_lied    an index, or a tar, that came from another superpeer: that one's index is not taken again
 
 What was verified by a table that may lie goes; whole blobs were verified by their digests, and stay. Meanwhile the
@@ -111,8 +111,12 @@ class Withdrawing:
                 await self._catalog.forget(record)
             for record, index in withdrawn:
                 log.error("an index in the registry lies and is thrown away", image=record.reference,
-                          artifact=index.artifact, manifest=record.manifest_digest, why=why)  # fmt: skip
-                await self._refused.add(index.artifact, why)
+                          artifact=index.artifact, manifest=record.manifest_digest, why=why,
+                          proven=lie.proven)  # fmt: skip
+                if lie.proven:
+                    await self._refused.add(index.artifact, why)
+                else:
+                    self._refused.doubt(index.artifact, why)
             for each in layers.values():
                 await self.lazy.drop(each)
             await self._throw_away(layer)

@@ -6,7 +6,8 @@
               due ──► ask the next one too       ▼
 
 Upstreams in order: the parent, its stand-ins, the blob's superpeer, the superpeers that stand in for it. Those that
-`health.py` does not let us ask are left out. When nobody is left, dropped superpeers are tried all the same.
+`health.py` does not let us ask are left out. When nobody is left, dropped superpeers are tried all the same: each when
+the one before has failed, or has been silent for as long as makes it fail.
 
 A peer that lacks a chunk says so at once (it is *waiting*), says it again from time to time, and sends when it has it.
 Whoever waits is in order: only the node right below a silent or crawling peer hedges, within its patience, and all
@@ -170,7 +171,7 @@ class Chooser:
                 passed_over = False
                 self._passed.pop(upstream, None)
                 self.health.took(ask.size, now - max(a_try.since, began, self._progress.get(upstream, 0.0)))
-                if a_try.waiting or now < self._due(ask, a_try):
+                if a_try.waiting or now < self._due(ask, a_try) or upstream in self.superpeers:
                     self.health.happened(upstream, Event.ANSWERED, now)
                 continue
             others.append(a_try.upstream)
@@ -227,12 +228,14 @@ class Chooser:
         for ask in list(self._open):
             if now >= ask.due:
                 ask.due = self._due(ask, ask.tries[-1])
-            if now >= ask.due:
-                self._give_up_silent(ask, now)
-            left = not any(self.health.state(a_try.upstream, now) in _ASKABLE for a_try in ask.tries)
+            left = self._left(ask, now)
             if now < ask.due and not left:
                 continue
-            upstream = next(self._candidates(ask.hops, _tried(ask), now), None)
+            silent = self._give_up_silent(ask, now)
+            left = left or self._left(ask, now)
+            tried = _tried(ask)
+            behind = self._last_resort(tried) if left and silent else ()
+            upstream = next(chain(self._candidates(ask.hops, tried, now), behind), None)
             if upstream is not None and not left and self._late_again(ask, now):
                 left = True
             if upstream is not None and (left or (self._first_to_wait(ask, now) and self._pay(now))):
@@ -255,6 +258,9 @@ class Chooser:
                 if superpeer not in tried:
                     yield superpeer
                 return  # a stand-in would fetch from the registry: only for an owner that is away, never as a hedge
+
+    def _left(self, ask: Ask, now: float) -> bool:
+        return not any(self.health.state(a_try.upstream, now) in _ASKABLE for a_try in ask.tries)
 
     def _last_resort(self, tried: Collection[str]) -> Iterator[str]:
         return (superpeer for superpeer in self.superpeers if superpeer not in tried)
@@ -300,8 +306,12 @@ class Chooser:
         passed = self._passed.get(a_try.upstream)
         return passed is not None and now >= passed + self.health.patience(ask.size)
 
-    def _give_up_silent(self, ask: Ask, now: float) -> None:
-        """Count those as failing that have said nothing for several times what an answer takes, hedge or no hedge."""
+    def _give_up_silent(self, ask: Ask, now: float) -> bool:
+        """Count those as failing that have said nothing for several times what an answer takes, hedge or no hedge.
+
+        Returns whether that is all of them.
+        """
+        silent_ones = 0
         for a_try in ask.tries:
             if a_try.waiting:
                 heard = max(a_try.since, self.health.last_heard(a_try.upstream))
@@ -312,7 +322,9 @@ class Chooser:
                     longer = max(longer, self.settings.superpeer_silent)
                 silent = now >= self._due(ask, a_try) + longer
             if silent:
+                silent_ones += 1
                 self.health.happened(a_try.upstream, Event.FAILED, now)
+        return silent_ones == len(ask.tries)
 
     def _gone(self, ask: Ask, upstream: str, event: Event | None, now: float) -> str | None:
         """Take `upstream` out of the ask; ask the next one if it was the only one."""

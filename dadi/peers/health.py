@@ -13,6 +13,9 @@ A peer's life cycle; an event that is not in the table changes nothing:
 SUSPECT the former is enough. What comes late does not count as answered. So a peer that crawls is left as soon as one
 that is dead and silent, and one that refuses connections sooner still. Each time that a peer is dropped again it is
 dropped for twice as long. While it is probed it is asked for one thing at a time.
+
+Superpeers (`trusted`) are few, and asked all the same when nobody else is left: one that then answers, however late, is
+GOOD at once, unless it asked to be left alone.
 """
 
 from __future__ import annotations
@@ -84,6 +87,7 @@ class _Record(msgspec.Struct):
     strikes: int = 0
     dropped_at: float = 0.0
     until: float = 0.0
+    busy_until: float = 0.0
     in_flight: int = 0
 
 
@@ -160,6 +164,9 @@ class Health:
         if event is Event.ANSWERED and record.state is State.GOOD:
             return State.GOOD  # nearly always
         before = self.state(peer, now)
+        if before is State.DROPPED and event is Event.ANSWERED and peer in self._trusted and now >= record.busy_until:
+            record.state = State.GOOD
+            return State.GOOD
         after = record.state = TRANSITIONS.get((before, event), before)
         if after is not before:
             if after in (State.DROPPED, State.BARRED):
@@ -176,7 +183,8 @@ class Health:
         record = self._records.setdefault(peer, _Record())
         if self.state(peer, now) is not State.BARRED:
             record.state = State.DROPPED
-            record.until = max(record.until, now + min(max(0.0, seconds), self.settings.dropped_most))
+            record.busy_until = now + min(max(0.0, seconds), self.settings.dropped_most)
+            record.until = max(record.until, record.busy_until)
 
     def reports(self) -> list[tuple[str, Fault]]:
         """Return what the directory should be told of peers, each thing once."""

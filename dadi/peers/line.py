@@ -223,7 +223,8 @@ class HttpLine:
                 error, after, instead = stream.error_of(await body.exactly(length), self.url)
                 raise Busy(error.message, retry_after=after, instead=instead) if after is not None else error
             size = blob.table.extent(chunk)[1] if chunk in missing else -1
-            if length > size or not length or (kind == stream.PLAIN and length != size):
+            most = longest(size) if kind == stream.FRAME and size > 0 else size
+            if length > most or not length or (kind == stream.PLAIN and length != size):
                 told = f"{length} bytes as chunk {chunk} in answer to a request for others of {blob}"
                 raise DigestMismatch(f"{self.url} sent {told}", source=self.url)
             heard.begins(chunk)
@@ -241,7 +242,9 @@ class HttpLine:
         else:
             data = await asyncio.to_thread(_verified, blob, chunk, sent, compressed, self.url)
         self._sends_frames |= compressed
-        heard.chunk(chunk, data, sent if compressed else b"" if self._sends_frames else None)
+        # A superpeer compresses a range as a whole, also the chunks in it for which that does not pay.
+        frame = sent if compressed and len(sent) < len(data) else b""
+        heard.chunk(chunk, data, frame if self._sends_frames else None)
 
 
 class _Alive:

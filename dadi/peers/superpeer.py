@@ -26,6 +26,7 @@ from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
 from dadi.oci.reference import Reference
 from dadi.peers.access import Access, Caller, FindCredentials, Refused
+from dadi.peers.hanging import Hanging
 from dadi.peers.health import State
 from dadi.peers.keys import Keys
 from dadi.peers.known_again import KnownAgain, Resolver
@@ -104,6 +105,7 @@ class SuperpeerClient:
         self._compress = compress
         self.session: aiohttp.ClientSession = http.client(connect=connect, read=read, tls=tls)
         self.superpeers = Superpeers(urls, fallbacks, refresh=refresh, resolver=resolver)
+        self._hanging = Hanging(tls)
         self._machines: dict[str, _Machine] = {}
         self._told: OrderedDict[str, str] = OrderedDict()
         """Image indexes, and which superpeer has told us of each: it has them."""
@@ -193,7 +195,11 @@ class SuperpeerClient:
         urls = await self._to_ask(digest)
         for place, url in enumerate(urls):
             try:
-                async with self.superpeers.asking(url):
+                if place + 1 == len(urls):  # nobody else can be asked: it may have much to do, it may come back
+                    async with self.superpeers.asking(url):
+                        return await one(url)
+                first = self.superpeers.state(url) == State.PROBING.value
+                async with self.superpeers.asking(url), self._hanging.watched(url, first=first):
                     return await one(url)
             except DadiError as error:
                 errors.append(error)
@@ -245,6 +251,7 @@ class SuperpeerClient:
         await self.keys.close()
         await self.tokens.close()
         await self.superpeers.close()
+        await self._hanging.close()
         await self.session.close()
 
 

@@ -43,13 +43,16 @@ class _Churn:
 
 
 def killed(run: Run) -> int:
-    node, rounds = run.scene.nodes[0], run.pick(1, 9)
+    node, rounds = run.scene.nodes[0], run.pick(2, 9)
     kills = starting = adopted = local = devices = 0
     for number in range(rounds):
         image = run.scene.supply.image(f"killed{number}", layers=_LAYERS, size=_SIZE)
-        directory = node.directory / f"image{number}"
-        node.mount(image.reference, directory)
-        with run.load_files(image.files(directory, range(_LAYERS))), _Churn(run, node):
+        # Two mounts, which share their devices.
+        directories = [node.directory / f"image{number}", node.directory / f"again{number}"]
+        for directory in directories:
+            node.mount(image.reference, directory)
+        files = [file for directory in directories for file in image.files(directory, range(_LAYERS))]
+        with run.load_files(files), _Churn(run, node):
             for turn in range(_KILLS):
                 time.sleep(run.chance.uniform(0.0, 1.5))
                 node.kill()
@@ -60,16 +63,20 @@ def killed(run: Run) -> int:
                     node.kill()
                     kills, starting = kills + 1, starting + 1
                 node.start()
-                adopted += node.status()["taken_over"]["mounts"]
+                taken_over = node.status()["taken_over"]["mounts"]
+                assert taken_over >= len(directories), taken_over
+                adopted += taken_over
             run.reads_go_on()
-        (row,) = [row for row in node.status()["mounts"] if row["directory"] == str(directory)]
-        assert row["state"] in ("lazy", "local"), row
+        rows = node.status()["mounts"]
+        assert {row["state"] for row in rows} <= {"lazy", "local"}, rows
+        assert {str(directory) for directory in directories} <= {row["directory"] for row in rows}, rows
         assert "lazy mounts not taken over" not in node.noted()
+        row = next(row for row in rows if row["directory"] == str(directories[0]))
         local += sum(device["state"] == "local" for device in row["devices"])
         devices += len(row["devices"])
-        node.unmount(directory)
+        for directory in directories:
+            node.unmount(directory)
     run.note = f"{starting} of them at a start; {adopted} mounts taken over; {local} of {devices} devices swapped"
-    assert adopted, "no mount was taken over"
     return kills
 
 

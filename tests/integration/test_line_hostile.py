@@ -20,6 +20,7 @@ from dadi.errors import DadiError, DigestMismatch, Unavailable
 from dadi.index.chunks import blob_of
 from dadi.peers import line as line_file
 from dadi.peers import stream
+from dadi.peers.frames import longest
 from dadi.peers.line import HttpLine
 from tests.contracts.store import content
 
@@ -118,7 +119,7 @@ WRONG = {
     "what is no frame": [stream.head(stream.FRAME, 0, C), PARTS[0]],
     "a frame of something else": [stream.head(stream.FRAME, 0, len(f := zstandard.compress(bytes(C)))), f],
     "a frame that grows": [stream.head(stream.FRAME, 0, len(f := zstandard.compress(bytes(64 << 20)))), f],
-    "a frame longer than its chunk": [stream.head(stream.FRAME, 0, C + 1)],
+    "a frame longer than any of its chunk": [stream.head(stream.FRAME, 0, longest(C) + 1)],
     "more than all": [*map(plain, range(4)), b"x"],
     "one record more than all": [*map(plain, range(4)), plain(0)],
 }
@@ -149,6 +150,25 @@ async def test_a_stream_byte_by_byte_is_as_right_as_any() -> None:
 
     heard = await asked(dribble, range(6, 8))
     assert (heard.chunks, heard.signs) == ([7, 6], 1)
+
+
+async def test_a_chunk_that_grew_when_it_was_compressed_is_right_and_not_passed_on_so() -> None:
+    """A superpeer compresses ranges, and a node passes frames on: an honest one must not be taken for a liar."""
+    frame = zstandard.compress(PARTS[0])
+    assert len(frame) > C, "it is as good as random"
+    short = zstandard.compress(bytes(C))
+    blob = blob_of(PARTS[0] + bytes(C), C)
+    kept: list[bytes | None] = []
+
+    class Keeps(Heard):
+        def chunk(self, chunk: int, data: bytes, frame: bytes | None) -> None:
+            kept.append(frame)
+
+    async with asyncio.timeout(20), asking(sends(*(
+        stream.head(stream.FRAME, chunk, len(each)) + each for chunk, each in enumerate((frame, short))
+    ))) as (line, _):  # fmt: skip
+        await line.ask(blob, range(2), Urgency.STARTUP, 0, Keeps())
+    assert kept == [b"", short]
 
 
 async def test_who_says_nothing_at_all_is_given_up() -> None:

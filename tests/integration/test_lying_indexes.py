@@ -16,7 +16,7 @@ from dadi.index.layer import Kind, LayerIndex
 from dadi.index.seek import SeekTable
 from tests.fakes import indexed
 from tests.fakes.indexed import CHUNK, flipped, with_digest_changed
-from tests.fakes.registry import FakeRegistry
+from tests.fakes.registry import FakeRegistry, Fault
 from tests.integration.test_lazy_layers import complete, kinds, registry, superpeer, tars, whole
 from tests.lab.services import Running
 
@@ -92,6 +92,29 @@ async def test_a_lying_chunk_table_gives_an_error_and_never_other_bytes(
         await is_replaced(run, image.reference, tars)
 
 
+async def test_bytes_that_are_spoilt_on_their_way_have_an_honest_index_refused_for_a_while_and_not_for_good(
+    tmp_path: Path, registry: FakeRegistry, tars: list[bytes]
+) -> None:
+    image = await indexed.add(registry, "team/app", tars, tmp_path)
+    now = 0.0
+    async with superpeer(tmp_path, registry) as run:
+        run.superpeer._refused._clock = lambda: now
+        for lasts in (600.0, 1200.0):
+            index = await run.index(image.reference)
+            assert index.origin == REFERRER
+            registry.script("/blobs/" + index.layers[0].layer_digest, Fault(flip=3), Fault(flip=3), method="GET")
+            assert await whole(run, index) == tars
+            assert LIE in kinds(run)
+            await is_replaced(run, image.reference, tars)
+            now += lasts - 1
+            await forget(run)
+            assert (await run.index(image.reference)).origin == FIRST_SIGHT
+            now += 2
+            await forget(run)
+        assert (await run.index(image.reference)).origin == REFERRER
+    assert not (tmp_path / "superpeer" / "refused-indexes.json").exists()
+
+
 async def test_an_index_that_tells_something_else_of_a_file_is_found_out_when_the_layer_is_complete(
     tmp_path: Path, registry: FakeRegistry, tars: list[bytes]
 ) -> None:
@@ -152,6 +175,18 @@ async def test_a_proven_index_is_used_for_another_image_without_reading_the_laye
         before = read()
         assert (await run.index(second.reference)).origin == FIRST_SIGHT
         assert read() == before
+
+
+async def forget(run: Running) -> None:
+    """Have all images looked for anew, and their layers brought anew."""
+    catalog, store = run.superpeer.catalog, run.superpeer.store
+    for record in catalog.records():
+        layers = catalog.image(record).layers
+        await catalog.forget(record)
+        for layer in layers:
+            for digest in (layer.diff_id, layer.layer_digest):
+                if store.find(digest) is not None:
+                    assert await store.remove(digest)
 
 
 async def is_replaced(run: Running, reference: str, tars: list[bytes]):

@@ -1,7 +1,8 @@
-"""dadi-node is killed, stopped and started under load, in processes of their own: no read fails, no byte is wrong.
+"""dadi-node is stopped and started under load, and its keeper killed: no read fails, no byte is wrong.
 
 Several readers compare every byte with what they know it to be, without the page cache's help, while the node comes and
-goes. A node that was killed is not waited for: a thread of it may hang in the kernel until its successor serves.
+goes. A node that was killed is not waited for: a thread of it may hang in the kernel until its successor serves. That
+it is killed again and again is a case of the fault suite (tests/faults/nodes.py).
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import contextlib
 import os
 import random
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -24,7 +24,7 @@ import pytest
 from dadi.node import kernel
 from tests.fakes.registry import FakeRegistry
 from tests.lab.cleanup import Lab, leak_check
-from tests.lab.processes import LabFailed, Node, Process
+from tests.lab.processes import Node
 from tests.lab.services import CHUNK, running, tar_of
 from tests.system.test_node import (
     begin_to_read,
@@ -37,10 +37,8 @@ from tests.system.test_node import (
 __all__ = ["nothing_stays_mounted"]
 pytestmark = [pytest.mark.root, pytest.mark.timeout(240)]
 
-IMAGES = 4
-FILES = [random.Random(number).randbytes(1200 * CHUNK + 77) for number in range(IMAGES)]
+FILE = random.Random(0).randbytes(1200 * CHUNK + 77)
 SHARED = random.Random(99).randbytes(100 * CHUNK)
-KILLS, SEED = 12, 5
 
 
 @pytest.fixture
@@ -59,8 +57,7 @@ def lab() -> Iterator[Lab]:
 @pytest.fixture
 async def registry() -> AsyncIterator[FakeRegistry]:
     async with FakeRegistry() as fake:
-        for number, content in enumerate(FILES):
-            fake.add_image("team/app", str(number), [tar_of(shared=SHARED), tar_of(data=content)])
+        fake.add_image("team/app", "0", [tar_of(shared=SHARED), tar_of(data=FILE)])
         yield fake
 
 
@@ -112,13 +109,13 @@ class Readers:
 class Machine:
     """A node that can be killed and started again."""
 
-    def __init__(self, lab: Lab, url: str, backfill: str = "enabled = false") -> None:
-        self._lab, self._url, self._backfill = lab, url, backfill
+    def __init__(self, lab: Lab, url: str) -> None:
+        self._lab, self._url = lab, url
         self.node = self._node()
 
     def _node(self) -> Node:
         # No options: a restart that harms no read must not need to be asked for.
-        return Node(self._lab, None, [self._url], sections=f"[backfill]\n{self._backfill}\n"
+        return Node(self._lab, None, [self._url], sections="[backfill]\nenabled = false\n"
                     "[read]\npatience = 60\n[snapshotter]\nenabled = false\n[peers]\nenabled = false\n")  # fmt: skip
 
     def kill(self) -> None:
@@ -128,13 +125,6 @@ class Machine:
     def start(self) -> None:
         self.node = self._node()
 
-    def start_and_kill(self, after: float) -> None:
-        """Kill one that has hardly begun."""
-        config = self.node.directory / "node.toml"
-        process = Process(self._lab, "node", [sys.executable, "-m", "dadi.node", "--config", str(config)])
-        time.sleep(after)
-        os.killpg(process.popen.pid, signal.SIGKILL)
-
     def told(self) -> dict[str, int]:
         """Return how often the log has an event."""
         counts: dict[str, int] = {}
@@ -143,65 +133,8 @@ class Machine:
         return counts
 
 
-def files_of(directories: list[Path]) -> dict[Path, bytes]:
-    found = {}
-    for directory, content in zip(directories, FILES, strict=False):
-        found[directory / "data"] = content
-        found[directory / "shared"] = SHARED
-    return found
-
-
-def churn(machine: Machine, reference: str, directory: Path, stop: threading.Event) -> None:
-    """Mount and unmount, whatever comes of it: kills shall meet mounts that are half made."""
-    while not stop.is_set():
-        for arguments in (("mount", reference, str(directory)), ("umount", str(directory))):
-            with contextlib.suppress(LabFailed):
-                machine.node.dadi(*arguments, check=False)
-
-
-async def test_no_read_fails_while_the_node_is_killed_again_and_again(lab: Lab, registry: FakeRegistry) -> None:
-    chance = random.Random(SEED)
-    directories = [lab.root / f"mnt{number}" for number in range(IMAGES)]
-    for directory in directories:
-        directory.mkdir()
-    async with running(lab.root / "superpeer", registry.host) as run:
-        machine = await in_thread(lambda: Machine(lab, run.url, "quiet = 0\nrate = 2000000"))
-        *lasting, coming = directories
-        for number, directory in enumerate(lasting):
-            await in_thread(lambda: machine.node.dadi("mount", f"{registry.host}/team/app:{number}", str(directory)))  # noqa: B023
-        stop = threading.Event()
-        churning = in_thread(lambda: churn(machine, f"{registry.host}/team/app:{IMAGES - 1}", coming, stop))
-
-        def kill_and_start() -> None:
-            for number in range(KILLS):
-                time.sleep(chance.uniform(0.0, 1.5))
-                machine.kill()
-                if number % 3 == 2:
-                    machine.start_and_kill(chance.uniform(0.2, 1.0))
-                machine.start()
-
-        async with Readers(files_of(lasting), 6) as readers:
-            churning = asyncio.ensure_future(churning)
-            await in_thread(kill_and_start)
-            before = readers.reads
-            await until(lambda: readers.reads > before + 200)
-            stop.set()
-            await churning
-            status = await in_thread(machine.node.status)
-        print(f"{readers.reads} reads, the longest {readers.longest:.1f} s, {machine.told()}")
-        assert readers.failed == []
-        assert readers.wrong == []
-        assert readers.reads > 1000
-        assert sorted(row["directory"] for row in status["mounts"])[: len(lasting)] == [str(d) for d in lasting]
-        assert {row["state"] for row in status["mounts"]} <= {"lazy", "local"}
-        assert status["taken_over"]["mounts"] >= len(lasting)
-        assert "lazy mounts not taken over" not in {row["kind"] for row in status["fallbacks"]}
-        for row in status["mounts"]:
-            await in_thread(lambda: machine.node.dadi("umount", row["directory"]))  # noqa: B023
-        assert await in_thread(machine.node.stop) == 0
-        assert loops_below(lab.root) == []
-        assert [mount.target for mount in await in_thread(kernel.mounts) if str(lab.root) in mount.target] == []
-        await in_thread(lambda: wait_until(lambda: not keepers(lab.root)))
+def files_of(directory: Path) -> dict[Path, bytes]:
+    return {directory / "data": FILE, directory / "shared": SHARED}
 
 
 async def test_a_stop_and_a_start_under_load_are_not_noticed(lab: Lab, registry: FakeRegistry) -> None:
@@ -210,7 +143,7 @@ async def test_a_stop_and_a_start_under_load_are_not_noticed(lab: Lab, registry:
     async with running(lab.root / "superpeer", registry.host) as run:
         machine = await in_thread(lambda: Machine(lab, run.url))
         await in_thread(lambda: machine.node.dadi("mount", f"{registry.host}/team/app:0", str(directory)))
-        async with Readers(files_of([directory]), 4) as readers:
+        async with Readers(files_of(directory), 4) as readers:
             for _ in range(3):
                 before = readers.reads
                 await until(lambda: readers.reads > before + 5)  # noqa: B023
@@ -232,7 +165,7 @@ async def test_a_keeper_that_is_killed_is_replaced_and_then_does_its_work(lab: L
     async with running(lab.root / "superpeer", registry.host) as run:
         machine = await in_thread(lambda: Machine(lab, run.url))
         await in_thread(lambda: machine.node.dadi("mount", f"{registry.host}/team/app:0", str(directory)))
-        async with Readers(files_of([directory]), 2) as readers:
+        async with Readers(files_of(directory), 2) as readers:
             (first,) = keepers(lab.root)
             os.kill(first, signal.SIGKILL)
             said = "dadi-keeper was gone, replaced"

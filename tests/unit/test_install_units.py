@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,28 @@ async def test_the_event_loop_gives_signs_of_life_and_says_when_it_is_ready_and_
         notify.stopping()
         while await told() != "STOPPING=1":
             pass
+
+
+async def test_a_start_that_never_ends_is_not_excused_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, told = 0.0, list[tuple[float, str]]()
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        if 7200 < now < 7201:
+            notify.ready()
+        if now > 7300:
+            raise asyncio.CancelledError
+
+    notify = Notify({"NOTIFY_SOCKET": "/nowhere", "WATCHDOG_USEC": "30000000"}, clock=lambda: now, sleep=sleep)
+    monkeypatch.setattr(notify, "send", lambda message: told.append((now, message)))
+    with pytest.raises(asyncio.CancelledError):
+        await notify.live()
+    asked = [(at, int(said.partition("=")[2]) / 1e6) for at, said in told if said.startswith("EXTEND_TIMEOUT_USEC=")]
+    assert asked[0] == (0.0, 60.0)
+    assert all(later < at + seconds for (at, seconds), (later, _) in pairwise(asked)), "none comes too late"
+    assert max(at + seconds for at, seconds in asked) == 1800
+    assert [said for at, said in told if at > 1800][:2] == ["READY=1", "WATCHDOG=1"]
 
 
 async def test_without_systemd_and_with_one_that_is_gone_nothing_is_told_and_nothing_fails(tmp_path: Path) -> None:

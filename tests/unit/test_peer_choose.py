@@ -105,6 +105,36 @@ def test_a_silent_superpeer_is_taken_for_dead_after_a_second_and_not_before() ->
     assert now > 1.0
 
 
+def test_where_all_superpeers_are_dropped_one_that_hangs_is_not_waited_for() -> None:
+    c = chooser()
+    for at in (0.0, 1.5, 4.0, 8.5):  # dropped for twice as long each time: until 16.5
+        for superpeer in c.superpeers:
+            c.health.happened(superpeer, Event.FAILED, at)
+    ask = c.begin(RUN, SIZE, 9.0)
+    assert asked(ask) == ["s1"]
+    now, found = 9.0, []
+    while not found:
+        now += 0.01  # looked at all the time: other asks have their times, too
+        assert now < 12.0
+        found = c.due(now)
+    assert found == [(ask, "s2")]
+    assert now > 10.0, "not both at once: each would fetch it"
+
+
+def test_a_superpeer_that_answers_however_late_is_well_again_unless_it_has_much_to_do() -> None:
+    c = chooser()
+    ask, other = c.begin(RUN, SIZE, 0.0), c.begin(RUN, SIZE, 0.0)
+    now = 3.0
+    c.due(now)
+    assert c.health.state("s1", now) is State.DROPPED
+    assert c.arrived(ask, "s1", now) == ["s2"]
+    assert c.health.state("s1", now) is State.GOOD
+    c.health.busy("s1", 60.0, now)
+    c.arrived(other, "s1", now + 1)
+    assert c.order(now + 2) == ["s2"]
+    assert c.order(now + 61) == ["s1"]
+
+
 def test_a_liar_is_never_asked_again_and_a_failing_peer_is() -> None:
     c = chooser("liar", "weak")
     ask = c.begin(RUN, SIZE, 0.0)
