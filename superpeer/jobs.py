@@ -6,11 +6,12 @@
     pins      what is kept from eviction while a job runs, and until `pin_until` when it has succeeded: `jobs_pins.py`
     secrets   credentials that came with a request are used while its job runs (`jobs_secrets.py`); after a restart a
               job that cannot do without fails, and says that it is to be submitted again
-    patience  while a registry is away a job is begun anew, at growing intervals, until its deadline (or `keep_trying`)
+    patience  while a registry is away a job is begun anew: `jobs_tries.py`
     success   is what `verify` says (`jobs_ready.py`), asked at the end
 
 Who may do what is in `jobs_operators.py`, states in `dadi/prefetch/life.py`, messages in `dadi/prefetch/messages.py`,
-HTTP in `jobs_http.py`, what nodes are asked to do in `jobs_nodes.py`.
+HTTP in `jobs_http.py`, what nodes are asked to do in `jobs_nodes.py`, what siblings are told in `jobs_telling.py`;
+whether a deadline can be met, by all images of a command together, in `jobs_together.py`.
 """
 
 from __future__ import annotations
@@ -27,9 +28,8 @@ import structlog
 from dadi.errors import AccessDenied, Conflict, DadiError, NotFound, Unavailable
 from dadi.oci.credentials import Credentials
 from dadi.prefetch.life import Event, State, after
-from dadi.prefetch.messages import Job, Request, job_id, joined, patience
+from dadi.prefetch.messages import Job, Request, job_id, joined
 from dadi.prefetch.rate import Bucket
-from dadi.prefetch.when import written
 from dadi.wire import error_fields
 from superpeer.job_store import JobStore
 from superpeer.jobs_nodes import JobNodes
@@ -38,13 +38,15 @@ from superpeer.jobs_pace import PACE, Pace, Sleep, Slots
 from superpeer.jobs_pins import Pins
 from superpeer.jobs_rates import Rates
 from superpeer.jobs_ready import Shares
+from superpeer.jobs_telling import Telling
+from superpeer.jobs_together import Together
+from superpeer.jobs_tries import Tries
 from superpeer.jobs_warm import Warming
 
 if TYPE_CHECKING:
     from superpeer.service import Superpeer
 
 log = structlog.get_logger()
-_PAUSE, _LONGEST_PAUSE = 2.0, 300.0
 _CHANGES = 3
 """How often a job begins anew because what a start reads is another thing than it was."""
 _LOOK = 0.25
@@ -68,13 +70,13 @@ class Prefetcher:
         self._files = JobStore(Path(superpeer.config.state) / "prefetch")
         self._jobs: dict[str, Job] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._telling: dict[str, list[asyncio.Task[None]]] = {}
         self._paces: dict[str, list[Pace]] = {}
         """Of all attempts of a job under way: what an earlier one has begun may go on."""
-        self._reached: dict[str, int] = {}
-        """The most bytes that an attempt of a job under way has had."""
         self._shared = Bucket(config.rate, clock())
         self.rates = Rates(lambda: self.clock())
+        self.tries = Tries(lambda: self.clock(), lambda seconds: self.sleep(seconds), config.keep_trying)
+        self.telling = Telling(superpeer, lambda: self.clock())
+        self.together = Together(self._jobs.values, lambda: self.clock(), config.rate)
         self._slots = Slots(config.parallel)
         self._indexing = Slots(config.parallel), Slots(4 * config.parallel)
         """For images that are streamed: by jobs without a rate, and by those with one, which take their time."""
@@ -112,10 +114,7 @@ class Prefetcher:
                 await self._forget_oldest()
                 job = self._jobs[job_id(request)] = Job(id=job_id(request), request=request, created=self.clock())
             elif not job.state.is_over:
-                job.request = joined(job.request, request)
-                self._give(job, credentials)
-                self.rates.changed(job)
-                await self._files.save(job)
+                await self._join(job, request, credentials)
                 return job
             elif request.manifest and job.state is State.READY and job.manifest_digest == request.manifest:
                 # A sibling tells of what we have done already. Not again: we would tell it, and so on.
@@ -132,6 +131,22 @@ class Prefetcher:
             await self._files.save(job)
             self._begin(job)
             return job
+
+    async def _join(self, job: Job, request: Request, credentials: Credentials | None) -> None:
+        """Have a job under way do what it is asked for once more. Raises InvalidRequest, and changes nothing then."""
+        new, from_sibling = joined(job.request, request), bool(request.manifest)
+        if not from_sibling and (new.rate, new.deadline) != (job.request.rate, job.request.deadline):
+            self.together.check_joined(job, new)
+        job.request = new
+        self._give(job, credentials)
+        self.rates.changed(job)
+        for pace in self._paces.get(job.id, ()):
+            pace.priority = new.priority
+            pace.alone = pace.alone or (Slots(1) if new.rate else None)
+        await self._files.save(job)
+        if not from_sibling:
+            self.tries.wake(job)
+            self.telling.tell(job)  # whoever asks may have asked only us
 
     def _give(self, job: Job, credentials: Credentials | None) -> None:
         if credentials is not None:
@@ -161,9 +176,16 @@ class Prefetcher:
             return job
 
     async def retry(self, name: str, credentials: Credentials | None = None) -> Job:
-        """Begin a job that is over once more, with the image as it is now. Raises NotFound, Conflict."""
+        """Begin a job that is over once more, with the image as it is now; one that waits for its next try has it now.
+
+        Raises NotFound, Conflict.
+        """
         async with self._changing:
             job = self.find(name)
+            if not job.state.is_over and self.tries.wake(job):
+                self._give(job, credentials)
+                await self._files.save(job)
+                return job
             if not job.state.is_over:
                 raise Conflict(f"job {job.id} is {job.state.value}", hint="cancel it first, or wait")
             job.request = msgspec.structs.replace(job.request, manifest="")
@@ -207,7 +229,7 @@ class Prefetcher:
             del self._tasks[job.id]
             self.rates.end(job)
             self.secrets.forget(job.id)
-            self._reached.pop(job.id, None)
+            self.tries.forget(job)
             for pace in self._paces.pop(job.id, ()):
                 pace.leave()  # what nobody else waits for is broken off
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -250,10 +272,12 @@ class Prefetcher:
 
     async def _attempt(self, job: Job) -> bool:
         """Do all of a job; return whether it is over, False to begin anew. Raises what cannot be helped by time."""
-        superpeers, limited = len(await self.shares.superpeers()), job.request.rate > 0
-        bucket = self.rates.begin(job, superpeers)
-        pace = Pace((self._shared, bucket), clock=self.clock, sleep=self.sleep, priority=job.request.priority,
-                    busy=lambda: self._superpeer.demands > 0, alone=Slots(1) if limited else None)  # fmt: skip
+        job.url, job.superpeers = self.shares.url, list(await self.shares.superpeers())
+        superpeers, limited = len(job.superpeers), job.request.rate > 0
+        self.rates.begin(job, superpeers)
+        pace = Pace((self._shared, self.rates.taken_by(job)), clock=self.clock, sleep=self.sleep,
+                    priority=job.request.priority, busy=lambda: self._superpeer.demands > 0,
+                    alone=Slots(1) if limited else None)  # fmt: skip
         self._paces.setdefault(job.id, []).append(pace)
         PACE.set(pace)
         warming = Warming(self._superpeer, self.shares, job, pace, self._slots, self._indexing[limited],
@@ -261,9 +285,9 @@ class Prefetcher:
         saving = asyncio.create_task(self._keep_saving(job))
         try:
             await self._next(job, Event.BEGIN)
-            rates = [rate for rate in (job.request.rate, self._config.rate) if rate]
-            await warming.resolve(min(rates, default=0.0), lambda: self._besides(job))
-            self._tell(job, warming)
+            await warming.resolve(self.together.check)
+            if not job.request.manifest:  # somebody has asked for it here; a sibling has told all of it himself
+                self.telling.tell(job)
             await self._next(job, Event.RESOLVED)
             while (left := job.request.at - self.clock()) > 0:
                 await self.sleep(min(1.0, left))
@@ -278,7 +302,9 @@ class Prefetcher:
             readiness = await self.shares.readiness(job.request.reference, job.request.platform, job.request.scope,
                                                     manifest=job.manifest_digest)  # fmt: skip
         except Unavailable as error:
-            await self._again(job, error)
+            pause = self.tries.failed(job, error)
+            await self._next(job, Event.AGAIN)
+            await self.tries.rest(job, pause, error)
             return False
         finally:
             saving.cancel()
@@ -303,49 +329,10 @@ class Prefetcher:
         await self._next(job, Event.VERIFIED)
         return True
 
-    def _besides(self, job: Job) -> int:
-        """Return the bytes that other jobs of the batch take from the registry, as far as that is known."""
-        batch = job.request.batch
-        others = (each for each in self._jobs.values() if each is not job and batch and each.request.batch == batch)
-        return sum(each.registry for each in others if each.state not in (State.READY, State.CANCELLED, State.FAILED))
-
-    async def _again(self, job: Job, error: Unavailable) -> None:
-        """Wait for another attempt; raise the error if there is to be none."""
-        now = self.clock()
-        if job.tries == 0 or job.done > self._reached.get(job.id, 0):
-            job.failing, job.tries = now, 0
-        self._reached[job.id] = max(job.done, self._reached.get(job.id, 0))
-        job.patience = patience(job.request, job.failing, self._config.keep_trying)
-        if now >= job.patience:
-            raise error
-        job.tries, job.done = job.tries + 1, 0
-        pause = error.retry_after or min(_PAUSE * 2 ** min(job.tries - 1, 16), _LONGEST_PAUSE)
-        pause = max(1.0, min(pause, job.patience - now))
-        await self._next(job, Event.AGAIN)
-        job.stage = f"try {job.tries + 1} in {pause:.0f} s, until {written(job.patience)}: {error.message}"
-        await self.sleep(pause)
-
     async def _keep_saving(self, job: Job) -> None:
         while True:
             await asyncio.sleep(_SAVE_EVERY)
             await self._files.save(job)
-
-    def _tell(self, job: Job, warming: Warming) -> None:
-        """Have the siblings do their part: of a job that somebody has asked for here, not of one that they told."""
-        siblings = self._superpeer.siblings
-        if siblings is None or job.request.manifest:
-            return
-        for task in self._telling.pop(job.id, ()):
-            task.cancel()
-        tasks = self._telling[job.id] = [asyncio.create_task(warming.tell(url)) for url in siblings.others()]
-        for task in tasks:
-            task.add_done_callback(lambda done: self._told(job.id, done))
-
-    def _told(self, job: str, task: asyncio.Task[None]) -> None:
-        if not task.cancelled():
-            task.exception()
-        if all(each.done() for each in self._telling.get(job, ())):
-            self._telling.pop(job, None)
 
     async def _keep_sweeping(self) -> None:
         while True:
@@ -361,7 +348,7 @@ class Prefetcher:
     # ---- state
 
     async def _stop(self, job: Job) -> None:
-        tasks = [task for task in (self._tasks.get(job.id), *self._telling.pop(job.id, ())) if task is not None]
+        tasks = [task for task in (self._tasks.get(job.id), *self.telling.stop(job)) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -388,7 +375,7 @@ class Prefetcher:
 
     async def close(self) -> None:
         """Stop; what is under way goes on at the next start."""
-        tasks = [*self._tasks.values(), *(task for tasks in self._telling.values() for task in tasks)]
+        tasks = [*self._tasks.values(), *self.telling.stop_all()]
         if self._sweeping is not None:
             tasks.append(self._sweeping)
         for task in tasks:

@@ -74,52 +74,60 @@ class PrefetchServer:
         return _json(await self._prefetcher.submit(wanted, _given(request)))
 
     async def _list(self, request: web.Request) -> web.Response:
-        return _json({"jobs": await self._allowed(request, self._prefetcher.jobs())})
+        allowed, _ = await self._allowed(request, self._prefetcher.jobs())
+        return _json({"jobs": allowed})
 
     async def _wanted(self, request: web.Request) -> web.Response:
-        """Tell which images are wanted, of those that anybody may have, or that a token or credentials are shown for.
+        """Tell which images are wanted or pinned, of those that anybody may have, or that are opened by what is shown.
 
-        Of the others the registries are named, so that a node knows for which it may come again with credentials.
+        Of the others the registries are named, so that a node knows for which it may come again with credentials; not
+        of those only that it says it has: their ids can be guessed.
         """
         query, nodes = request.query, self._prefetcher.nodes
         node = query.get("node", "")
         if not 0 < len(node) <= 128:
             raise InvalidRequest("a node must say who it is")
         have = set(query.get("have", "").split(",")[:MOST_HELD]) - {""}
-        jobs = [job for job in self._prefetcher.jobs() if nodes.is_open(job)]
+        jobs = [job for job in self._prefetcher.jobs() if nodes.is_open(job) or nodes.is_pinned(job)]
         named: set[str] = set()
         if self._who_may is not None and AUTHORIZATION in request.headers:
             await self._who_may.gate.admit(request.headers)
-            named = self._who_may.gate.named(request.headers, [job.manifest_digest for job in jobs])
-        others = [job for job in jobs if job.manifest_digest not in named]
-        allowed = {job.id for job in await self._allowed(request, others)}
-        told = [job for job in jobs if job.manifest_digest in named or job.id in allowed]
-        wishes = nodes.wishes(told, node, query.get("zone", ""), query.get("rack", ""), have)
-        hidden = {Reference.parse(job.request.reference).registry for job in others if job.id not in allowed}
-        return _json(Wishes(tuple(wishes), nodes.asked(node), nodes.pinned(self._prefetcher.jobs(), have),
-                            tuple(sorted(hidden - {query.get("registry", "")}))[:MOST_WISHES]))  # fmt: skip
+            named = self._who_may.gate.named(request.headers, {digest for job in jobs for digest in _manifests(job)})
+        others = [job for job in jobs if not named & _manifests(job)]
+        allowed, unsure = await self._allowed(request, others)
+        may = {job.id for job in allowed}
+        told = [job for job in jobs if job.id in may or named & _manifests(job)]
+        # Whose token is for what the tag was hears that this is pinned, not what the tag is by now.
+        wanted = [job for job in told if job.id in may or job.manifest_digest in named]
+        wishes = nodes.wishes(wanted, node, query.get("zone", ""), query.get("rack", ""), have)
+        hidden = {Reference.parse(job.request.reference).registry for job in others if job.id not in may}
+        registries = tuple(sorted(hidden - {query.get("registry", "")}))[:MOST_WISHES]
+        return _json(Wishes(tuple(wishes), nodes.asked(node), nodes.pinned(told, have), registries, unsure=unsure))
 
     async def _heard(self, request: web.Request) -> web.Response:
         job = await self._found(request)
         self._prefetcher.nodes.hear(job, decode_report(await request.read()))
         return web.json_response({})
 
-    async def _allowed(self, request: web.Request, jobs: list[Job]) -> list[Job]:
-        slots = asyncio.Semaphore(_CHECKS)
+    async def _allowed(self, request: web.Request, jobs: list[Job]) -> tuple[list[Job], bool]:
+        """Return the jobs of images that the caller may have, and whether of any that could not be said."""
+        slots, unsure = asyncio.Semaphore(_CHECKS), False
 
         async def may(reference: str) -> bool:
             # What the caller shows is meant for one registry, and shown to no other.
+            nonlocal unsure
             meant = Reference.parse(reference).registry == request.query.get("registry")
             try:
                 async with slots:
                     await self._check(request, reference, "", shown.HEADER if meant else "")
-            except DadiError:
+            except DadiError as error:
+                unsure = unsure or error.retryable
                 return False
             return True
 
         names = {Reference.parse(job.request.reference).name: job.request.reference for job in jobs}
         allowed = dict(zip(names, await asyncio.gather(*map(may, names.values())), strict=True))
-        return [job for job in jobs if allowed[Reference.parse(job.request.reference).name]]
+        return [job for job in jobs if allowed[Reference.parse(job.request.reference).name]], unsure
 
     async def _one(self, request: web.Request) -> web.StreamResponse:
         job = await self._found(request)
@@ -186,6 +194,11 @@ class PrefetchServer:
             await self._who_may.gate.admit(request.headers, manifest)
             return
         await self._who_may.check(Reference.parse(reference), request.headers.get(header), request.remote or "")
+
+
+def _manifests(job: Job) -> set[str]:
+    """Return the images that a job is of: the one that it brings, and those that it keeps."""
+    return {job.manifest_digest, *(pin.manifest for pin in job.pins)} - {""}
 
 
 def _given(request: web.Request) -> Credentials | None:

@@ -61,15 +61,17 @@ class JobNodes:
                     break
         return found
 
-    def pinned(self, jobs: list[Job], have: Collection[str]) -> tuple[str, ...]:
-        """Return which jobs of those that a node keeps it is to keep still."""
+    def is_pinned(self, job: Job) -> bool:
+        """Whether nodes keep what a job has brought them, whatever the job does by now.
+
+        It may have been asked for again, and fail since the registry is away.
+        """
         now = self._clock()
+        return any(pin.until > now for pin in job.pins) or (self.is_open(job) and job.request.pin_until > now)
 
-        def is_pinned(job: Job) -> bool:
-            # Whatever the job does by now: it may have been asked for again, and fail since the registry is away.
-            return any(pin.until > now for pin in job.pins) or (self.is_open(job) and job.request.pin_until > now)
-
-        return tuple(job.id for job in jobs if job.id in have and is_pinned(job))
+    def pinned(self, jobs: list[Job], have: Collection[str]) -> tuple[str, ...]:
+        """Return which of the jobs, of which the node may hear, it is to keep still of those that it has."""
+        return tuple(job.id for job in jobs if job.id in have and self.is_pinned(job))
 
     def asked(self, node: str) -> float:
         """Remember that a node asked; return in how many seconds it is to come again: the more nodes, the later."""

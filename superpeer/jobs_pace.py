@@ -18,11 +18,10 @@ import heapq
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 from dadi.errors import Unavailable
 from dadi.prefetch.messages import USUAL
-from dadi.prefetch.rate import Bucket
 
 Sleep = Callable[[float], Awaitable[None]]
 _SLICE = 0.25
@@ -30,6 +29,21 @@ _SLICE = 0.25
 _YIELDS = 1.0
 """Seconds that a step makes way for reads that somebody waits for: one that hangs must not hold jobs for ever."""
 _LOOK = 0.02
+_NONE = 1e-9
+"""Seconds that are rounding."""
+
+
+class Takes(Protocol):
+    """What a `Bucket` of `dadi/prefetch/rate.py` is to who takes from it; the rate may change at any time."""
+
+    @property
+    def rate(self) -> float:
+        """Units a second, 0 for no limit."""
+        ...
+
+    def take(self, amount: float, now: float) -> float:
+        """Take; return the seconds to wait before the amount may pass."""
+        ...
 
 
 class Pace:
@@ -38,7 +52,7 @@ class Pace:
     `alone`: where passes of a job with a rate wait for each other; None for one without.
     """
 
-    def __init__(self, buckets: Sequence[Bucket] = (), *, clock: Callable[[], float], sleep: Sleep = asyncio.sleep,
+    def __init__(self, buckets: Sequence[Takes] = (), *, clock: Callable[[], float], sleep: Sleep = asyncio.sleep,
                  busy: Callable[[], bool] = lambda: False, priority: int = USUAL,
                  alone: Slots | None = None) -> None:  # fmt: skip
         self.priority = priority
@@ -130,10 +144,16 @@ class Pace:
         if self._lifted.is_set():
             return  # they are for somebody else, whom no rate holds
         now = self._clock()
-        wait = max((bucket.take(size, now) for bucket in self._buckets), default=0.0)
-        while wait > 0 and not self._lifted.is_set():
-            await self._sleep(min(_SLICE, wait))
-            wait -= _SLICE
+        # What must flow by first, and no time: a rate that is raised meanwhile ends the wait sooner.
+        ahead = [bucket.take(size, now) * bucket.rate for bucket in self._buckets]
+        while not self._lifted.is_set():
+            rates = [bucket.rate for bucket in self._buckets]
+            wait = max((left / rate for left, rate in zip(ahead, rates, strict=True) if rate), default=0.0)
+            if wait <= _NONE:
+                return
+            pause = min(_SLICE, wait)
+            await self._sleep(pause)
+            ahead = [left - pause * rate for left, rate in zip(ahead, rates, strict=True)]
 
     async def lifted_before(self, work: Awaitable[object]) -> bool:
         """Wait for the work (which is cancelled then) or to be lifted; return whether that came first."""

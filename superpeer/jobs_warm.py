@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -20,14 +20,15 @@ import structlog
 
 from dadi import http
 from dadi.blobs.source import Urgency
-from dadi.errors import Conflict, DadiError, NotFound, StoreFull, Unavailable
+from dadi.errors import Conflict, DadiError, InvalidRequest, NotFound, StoreFull, Unavailable
+from dadi.index.chunks import Blob
 from dadi.index.image import ImageLayer
 from dadi.oci import platforms
 from dadi.oci.reference import Reference
 from dadi.peers.owners import owners
 from dadi.prefetch import plan
 from dadi.prefetch.life import State
-from dadi.prefetch.messages import Job, Request
+from dadi.prefetch.messages import Job
 from dadi.prefetch.plan import Wanted
 from superpeer.catalog import ImageRecord
 from superpeer.jobs_pace import Pace, Sleep, Slots
@@ -46,8 +47,6 @@ _POLL = 0.5
 PATIENCE = 10.0
 """Seconds that a sibling may be away, or not know of the job, before others do its part."""
 _MOST_TOLD = 4 << 20
-_GIVE_UP_TELLING = 3600.0
-_LONGEST_PAUSE = 30.0
 
 
 class Warming:
@@ -69,11 +68,10 @@ class Warming:
 
     # ---- what it is
 
-    async def resolve(self, rate: float, besides: Callable[[], int] = lambda: 0) -> None:
-        """Have the manifest's digest in the job. `rate` is what it may take at most, 0 for no limit.
+    async def resolve(self, check_deadline: Callable[[Job], Awaitable[None]]) -> None:
+        """Have the manifest's digest in the job. Raises NotFound and the like; StoreFull; what `check_deadline` raises.
 
-        `besides`: bytes that come from the registry at the same rate for others of its batch. Raises NotFound and the
-        like; StoreFull; InvalidRequest for a deadline that cannot be met.
+        That is asked when it is known what the image costs the registry.
         """
         job, superpeer = self._job, self._superpeer
         ref, platform = Reference.parse(job.request.reference), platforms.parse(job.request.platform)
@@ -100,10 +98,14 @@ class Warming:
                     job.resolved = self._clock()
                 layers = [(layer.digest, layer.size) for layer in resolved.manifest.layers]
         await self._check_room(layers)
-        request, size = job.request, job.registry + besides()
-        if is_known or job.tries:
+        if is_known:
             return  # What was found to fit is begun anew until its deadline, and has some of its bytes by now.
-        plan.check_deadline(size, rate, at=request.at, deadline=request.deadline, now=self._clock())
+        try:
+            await check_deadline(job)
+        except InvalidRequest as error:
+            if not job.tries:
+                raise
+            self.note(f"{error.message} ({error.hint})")  # its registry was away: late is better than never
 
     def _known(self) -> ImageRecord | None:
         job = self._job
@@ -280,7 +282,7 @@ class Warming:
         async def worker() -> None:
             for wanted, runs in queue:  # one iterator for all workers
                 blob = wanted.layer.blob
-                for step in (step for run in runs for step in plan.steps(run, blob, self._step())):
+                for step in (step for run in runs for step in self._steps(run, blob)):
                     await bring(wanted, step)
                     if await self._superpeer.store.missing(blob, step):
                         raise StoreFull(f"the store does not keep {blob}", hint="raise store.limit")
@@ -292,6 +294,12 @@ class Warming:
                     group.create_task(worker())
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
+
+    def _steps(self, run: range, blob: Blob) -> Iterator[range]:
+        while run:
+            step = next(iter(plan.steps(run, blob, self._step())))  # its rate may have changed meanwhile
+            yield step
+            run = run[len(step) :]
 
     def _step(self) -> int:
         """Return the bytes to bring as one: half a second's worth, so that a rate is kept evenly too."""
@@ -327,31 +335,3 @@ class Warming:
             await self._sleep(_POLL)
         self._give_up(owner, wanted.layer.diff_id)
         await self._owned(wanted, step)
-
-    # ---- siblings
-
-    async def tell(self, url: str) -> None:
-        """Tell a sibling of the job, until it has heard."""
-        siblings = self._superpeer.siblings
-        assert siblings is not None
-        request = telling(self._job)
-        pause, until = 1.0, self._clock() + _GIVE_UP_TELLING
-        while True:
-            try:
-                async with (
-                    siblings.superpeers.asking(url),
-                    http.request(siblings.session, "POST", f"{url}/v1/prefetch", "telling a sibling of a job",
-                                 data=msgspec.json.encode(request), headers=siblings.list_headers()),
-                ):  # fmt: skip
-                    return
-            except DadiError as error:
-                self._superpeer.fallbacks.note("sibling not told of a prefetch job", f"{url}: {error.message}")
-                if self._clock() > until:
-                    return
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
-
-
-def telling(job: Job) -> Request:
-    """Return the request that makes a sibling do its part of a job."""
-    return msgspec.structs.replace(job.request, manifest=job.manifest_digest)

@@ -11,7 +11,6 @@ and proven, which is said: 0 then means no less.
 from __future__ import annotations
 
 import asyncio
-import re
 import secrets
 import sys
 import time
@@ -22,23 +21,31 @@ import click
 import msgspec
 
 from dadi import config
-from dadi.cli import prefetch_show
+from dadi.cli import prefetch_jobs, prefetch_show
 from dadi.cli.client import as_json
+from dadi.cli.prefetch_jobs import converse
 from dadi.cli.prefetch_show import Board, Row
 from dadi.cli.prefetch_where import Where, images, platforms, where, where_options
 from dadi.cli.prefetch_who import Who, who_options
-from dadi.errors import DadiError, InvalidRequest, NotFound
+from dadi.errors import DadiError, InvalidRequest
 from dadi.prefetch.life import State
-from dadi.prefetch.messages import HIGHEST, LOWEST, USUAL, Job, Readiness, Request, Scope, canonical, job_id
+from dadi.prefetch.messages import (
+    HIGHEST,
+    LOWEST,
+    USUAL,
+    Job,
+    Readiness,
+    Request,
+    Scope,
+    batch_of,
+    canonical,
+)
 from dadi.prefetch.when import moment
 
 if TYPE_CHECKING:
     from dadi.cli.prefetch_talk import Talk
-    from dadi.oci.credentials import CredentialSource
 
-T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
-_JOB = re.compile(r"[0-9a-f]{12}")
 _GIVEN_AGAIN = 5
 """How often a job is given its credentials again."""
 _SETTLED = {State.QUEUED, State.RESOLVING}
@@ -148,12 +155,12 @@ def start(
         raise InvalidRequest("--node-rate without --nodes has no effect", hint="--nodes all")
     whom = where(superpeers, datacenters, everywhere, datacenters_file)
     meant = [(name, on) for name in images(image, from_file, from_kubernetes) for on in platforms(platform)]
-    batch = secrets.token_hex(8) if rate and len(meant) > 1 else ""
-    rows = [
-        Row(canonical(Request(name, on, scope=scope, rate=rate, at=at, deadline=deadline, priority=priority,
-                              pin_until=pin_until, nodes=nodes, node_rate=node_rate, batch=batch)), place)
-        for name, on in meant for place in whom.places
-    ]  # fmt: skip
+    requests = [canonical(Request(name, on, scope=scope, rate=rate, at=at, deadline=deadline, priority=priority,
+                                  pin_until=pin_until, nodes=nodes, node_rate=node_rate))
+                for name, on in meant]  # fmt: skip
+    # A deadline is for all of them too, also where superpeers have a rate of their own.
+    batch = batch_of(secrets.token_hex(8), requests) if rate or deadline else ""
+    rows = [Row(msgspec.structs.replace(each, batch=batch), place) for each in requests for place in whom.places]
     with Board(quiet=as_json) as board:
         _run(whom, who, rows, lambda talk: _start(talk, rows, board, wait=wait))
     if as_json:
@@ -181,14 +188,13 @@ async def _start(talk: Talk, rows: Sequence[Row], board: Board, *, wait: bool) -
                     break
                 told(await talk.begin(url, row.request))  # it was restarted, and has them no more
                 told(await talk.follow(url, row.jobs[url], told, enough))
-            if wait and row.jobs[url].state is State.READY:
-                request = row.request
-                row.readiness[url] = await talk.verify(url, request.reference, request.platform, request.scope)
         except DadiError as error:
             row.errors[url] = error
             board.changed(row)
 
     await asyncio.gather(*(one(row, url) for row in rows for url in row.place.urls))
+    if wait:  # all at the end: what came first may have made room for what came last
+        await _verify(talk, rows, lambda row, url: url in row.jobs and row.jobs[url].state is State.READY)
 
 
 @prefetch.command()
@@ -231,7 +237,7 @@ def verify(
     sys.exit(any(row.problems for row in rows))
 
 
-async def _verify(talk: Talk, rows: Sequence[Row]) -> None:
+async def _verify(talk: Talk, rows: Sequence[Row], which: Callable[[Row, str], bool] = lambda row, url: True) -> None:
     async def one(row: Row, url: str) -> None:
         request = row.request
         try:
@@ -239,7 +245,7 @@ async def _verify(talk: Talk, rows: Sequence[Row]) -> None:
         except DadiError as error:
             row.errors[url] = error
 
-    await asyncio.gather(*(one(row, url) for row in rows for url in row.place.urls))
+    await asyncio.gather(*(one(row, url) for row in rows for url in row.place.urls if which(row, url)))
 
 
 def _proof(row: Row) -> dict[str, Any]:
@@ -252,145 +258,9 @@ def _proof(row: Row) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@prefetch.command("list")
-@where_options
-@who_options
-@click.option("--registry", default="", metavar="HOST", help=(
-    "Also the jobs of this registry's images that our credentials for it open."))
-@as_json
-def list_(
-    superpeers: tuple[str, ...], datacenters: tuple[str, ...], everywhere: bool, datacenters_file: str, registry: str,
-    as_json: bool, who: Who,
-) -> None:  # fmt: skip
-    """List the jobs of images that anybody may have."""
-    whom = where(superpeers, datacenters, everywhere, datacenters_file)
-    source = who.source((), [registry] if registry else ())
-    found, errors = _everywhere(whom, who, source, lambda talk, url: talk.jobs(url, registry))
-    rows = [(name, url, job) for (name, url), jobs in found.items() for job in jobs]
-    if as_json:
-        click.echo(msgspec.json.encode([_told(name, url, job) for name, url, job in rows]))
-    else:
-        prefetch_show.jobs(rows)
-    _fail_for(errors)
-
-
-def _told(datacenter: str, url: str, job: Job) -> dict[str, Any]:
-    return {"datacenter": datacenter, "superpeer": url, **msgspec.to_builtins(job)}
-
-
-def _job_command(verb: Callable[..., None]) -> click.Command:
-    """Make a command of a function that is about one job: by its id, or by the image that it is of."""
-    for option in (
-        click.option("--scope", type=click.Choice(["startup", "full"]), default="full", show_default=True, help=(
-            "Of a job that is named by its image.")),
-        click.option("--platform", default="", metavar="OS/ARCH", help="Of a job that is named by its image."),
-        where_options,
-        who_options,
-        as_json,
-        click.argument("job"),
-    ):  # fmt: skip
-        verb = option(verb)
-    return prefetch.command()(verb)
-
-
-def _about_job(what: str, job: str, platform: str, scope: Scope, whom: Where, who: Who, *, quiet: bool) -> None:
-    reference, named, hint = "", job, "dadi prefetch list shows them"
-    if not _JOB.fullmatch(job):
-        request = canonical(Request(job, platforms([platform] if platform else [])[0], scope=scope))
-        named = f"{request.reference}, of scope {scope}, {request.platform}"
-        hint = "--scope and --platform name another; dadi prefetch list --registry HOST lists private ones"
-        job, reference = job_id(request), request.reference
-
-    async def one(talk: Talk, url: str) -> Job:
-        return await (talk.act(url, job, what, reference) if what else talk.job(url, job, reference))
-
-    found, errors = _everywhere(whom, who, who.source([reference] if reference else []), one)
-    # Not every superpeer named here need have it: they may be of several datacenters.
-    away = {key: error for key, error in errors.items() if not isinstance(error, NotFound)}
-    if quiet:
-        click.echo(msgspec.json.encode([_told(name, url, each) for (name, url), each in found.items()]))
-    else:
-        for (_, url), each in found.items():
-            prefetch_show.one(url, each)
-    if not found and not away:
-        raise NotFound(f"no superpeer that was asked has the job {named}", hint=hint)
-    _fail_for(away)
-
-
-@_job_command
-def status(
-    job: str, platform: str, scope: Scope, superpeers: tuple[str, ...], datacenters: tuple[str, ...], everywhere: bool,
-    datacenters_file: str, as_json: bool, who: Who,
-) -> None:  # fmt: skip
-    """Show all of a JOB, by its id or its image."""
-    whom = where(superpeers, datacenters, everywhere, datacenters_file)
-    _about_job("", job, platform, scope, whom, who, quiet=as_json)
-
-
-@_job_command
-def cancel(
-    job: str, platform: str, scope: Scope, superpeers: tuple[str, ...], datacenters: tuple[str, ...], everywhere: bool,
-    datacenters_file: str, as_json: bool, who: Who,
-) -> None:  # fmt: skip
-    """Stop a JOB, or end the pin of one that is ready; what it has brought stays until the room is needed."""
-    whom = where(superpeers, datacenters, everywhere, datacenters_file)
-    _about_job("cancel", job, platform, scope, whom, who, quiet=as_json)
-
-
-@_job_command
-def retry(
-    job: str, platform: str, scope: Scope, superpeers: tuple[str, ...], datacenters: tuple[str, ...], everywhere: bool,
-    datacenters_file: str, as_json: bool, who: Who,
-) -> None:  # fmt: skip
-    """Begin a JOB that has ended once more, with the image as it is now."""
-    whom = where(superpeers, datacenters, everywhere, datacenters_file)
-    _about_job("retry", job, platform, scope, whom, who, quiet=as_json)
-
-
-# ---- how
-
-
 def _run(whom: Where, who: Who, about: Sequence[Row], work: Callable[[Talk], Any]) -> None:
-    _talk(whom, who, who.source([row.request.reference for row in about]), work)
+    converse(whom, who, who.source([row.request.reference for row in about]), work)
 
 
-def _talk(whom: Where, who: Who, credentials: CredentialSource, work: Callable[[Talk], Any]) -> None:
-    from dadi.cli.prefetch_talk import talking
-
-    async def run() -> None:
-        async with talking(whom.tls, credentials, who.token) as talk:
-            await work(talk)
-
-    asyncio.run(run())
-
-
-Found = dict[tuple[str, str], T]
-"""By datacenter and superpeer."""
-
-
-def _everywhere(
-    whom: Where, who: Who, credentials: CredentialSource, ask: Callable[[Talk, str], Any]
-) -> tuple[Found[Any], Found[DadiError]]:
-    """Return what each superpeer answers, and what went wrong with the others."""
-    found: Found[Any] = {}
-    errors: Found[DadiError] = {}
-
-    async def one(talk: Talk, name: str, url: str) -> None:
-        try:
-            found[name, url] = await ask(talk, url)
-        except DadiError as error:
-            errors[name, url] = error
-
-    async def everybody(talk: Talk) -> None:
-        await asyncio.gather(*(one(talk, place.name, url) for place in whom.places for url in place.urls))
-
-    _talk(whom, who, credentials, everybody)
-    return found, errors
-
-
-def _fail_for(errors: Found[DadiError]) -> None:
-    for (_, url), error in errors.items():
-        click.echo(f"dadi: {url}: {error}", err=True)
-    if errors:
-        sys.exit(1)
-
+for _command in prefetch_jobs.COMMANDS:
+    prefetch.add_command(_command)

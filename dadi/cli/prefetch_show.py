@@ -199,6 +199,7 @@ def one(url: str, job: Job) -> None:
         "tried": f"until {written(job.patience)}, {job.tries + 1} times by now" if job.tries else "",
         "pinned": f"until {written(request.pin_until)}" if request.pin_until else "",
         "nodes": f"{request.nodes}: {_nodes(job)}" if request.nodes else "",
+        "shared": f"by {', '.join(job.superpeers)}" if len(job.superpeers) > 1 else "",
         "failed": str(job.failure() or ""),
     }
     for name, text in lines.items():

@@ -25,7 +25,7 @@ from dadi.blobs.chain import Chain
 from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.single_flight import runs
 from dadi.blobs.source import Urgency
-from dadi.errors import DadiError, Malformed, StoreFull, TokenRefused, Unavailable
+from dadi.errors import AccessDenied, DadiError, Malformed, StoreFull, TokenRefused, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.index import image as image_index
 from dadi.index.chunks import Blob
@@ -72,6 +72,8 @@ class Warmer:
         self._sleep = sleep
         self._pins: dict[str, tuple[float, contextlib.ExitStack]] = {}
         """By job: until when its image is kept (seconds since 1970)."""
+        self._manifests: dict[str, str] = {}
+        """Of those the images' manifests: their tokens are shown to hear whether they are pinned still."""
         self.warmed = 0
         self.bytes = 0
 
@@ -130,6 +132,7 @@ class Warmer:
                 for wishes in await self._told_by(url):
                     self._again = max(self._again, wishes.again)
                     pinned.update(wishes.pinned)
+                    away = away or wishes.unsure
                     for wish in wishes.wishes:
                         found.setdefault(wish.job, (url, wish))
             except DadiError as error:
@@ -140,7 +143,7 @@ class Warmer:
         return list(found.values())
 
     async def _told_by(self, url: str) -> list[Wishes]:
-        """Return what a superpeer tells anybody, and what it tells who has our credentials."""
+        """Return what a superpeer tells anybody, and what it tells who has our credentials, or our tokens."""
         try:
             told = [await self._ask(url, self._any_token())]
         except TokenRefused:  # it has run out: then as anybody
@@ -152,7 +155,23 @@ class Warmer:
                     told.append(await self._ask(url, caller.headers, registry))
             except DadiError as error:
                 log.debug("credentials were not shown", superpeer=url, registry=registry, why=error.message)
+        for job, manifest in list(self._manifests.items()):
+            known = {name for each in told for name in (*each.pinned, *(wish.job for wish in each.wishes))}
+            if job not in known and self._client.tokens.headers(manifest):
+                told += await self._shown(url, manifest)
         return told
+
+    async def _shown(self, url: str, manifest: str) -> list[Wishes]:
+        """Return what a superpeer tells who has an image's token. Raises Unavailable if nobody can renew it now."""
+        tokens = self._client.tokens
+        try:
+            shown = tokens.text(manifest)
+            try:
+                return [await self._ask(url, tokens.headers(manifest))]
+            except TokenRefused:
+                return [await self._ask(url, tokens.headers(manifest))] if await tokens.renewed(manifest, shown) else []
+        except (AccessDenied, TokenRefused):
+            return []
 
     async def _ask(self, url: str, headers: dict[str, str], registry: str = "") -> Wishes:
         node, zone, rack = self._place()
@@ -205,6 +224,7 @@ class Warmer:
             if wish.pin_until > self._clock():
                 self._unpin([wish.job])
                 self._pins[wish.job] = wish.pin_until, holds.pop_all()
+                self._manifests[wish.job] = answer.manifest_digest
         return answer.manifest_digest
 
     async def _bring(self, wish: Wish, index: ImageIndex, wanted: dict[Blob, list[range]]) -> None:
@@ -227,6 +247,7 @@ class Warmer:
 
     def _unpin(self, jobs: list[str]) -> None:
         for job in jobs:
+            self._manifests.pop(job, None)
             if (pin := self._pins.pop(job, None)) is not None:
                 pin[1].close()
 

@@ -20,6 +20,7 @@ for the registry (`dadi/peers/shown.py`) that come with a request are the job's 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -51,7 +52,7 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `rate`: of what comes from the registry, all superpeers of the datacenter together. `priority`: the higher goes
     first. `manifest`: what a sibling has found the reference to be; then that is warmed and nothing else. `batch`: jobs
-    that share their rate, as they were asked for together. `node_rate`: what each node may take.
+    that share their rate, as they were asked for together, see `batch_of`. `node_rate`: what each node may take.
     """
 
     reference: _Text
@@ -127,7 +128,8 @@ class Job(msgspec.Struct):
     costs the registry, as estimated when it was resolved. `nodes`: how many have told what. `tries`: how often it was
     begun anew by itself; `failing`: since when nothing has come of that, `patience`: until when it is tried.
     `proven`: the scope that was warmed ("full" for "startup" without a trace). `private`: credentials were given for
-    it, which a restart forgets; `needs_credentials`: it failed for want of any.
+    it, which a restart forgets; `needs_credentials`: it failed for want of any. `url`: this superpeer's name among all
+    `superpeers` that share the work ("" and none where it is alone).
     """
 
     id: str
@@ -154,6 +156,8 @@ class Job(msgspec.Struct):
     private: bool = False
     needs_credentials: bool = False
     pins: list[Pin] = []
+    url: str = ""
+    superpeers: list[str] = []
 
     def failure(self) -> DadiError | None:
         """Return why it has failed."""
@@ -184,13 +188,15 @@ class Wishes(msgspec.Struct, frozen=True):
     """All that a superpeer asks a node for; `again`: seconds after which the node is to come again.
 
     `pinned`: of what the node said it has, what is to be kept still. `registries`: of which there are images that the
-    node was not told of, for want of credentials for them.
+    node was not told of, for want of credentials for them. `unsure`: whether the node may hear of all that is pinned
+    could not be said, as a registry is away: what is not in `pinned` may be all the same.
     """
 
     wishes: Annotated[tuple[Wish, ...], Meta(max_length=MOST_WISHES)] = ()
     again: Annotated[float, Meta(ge=1, le=3600)] = 15.0
     pinned: Annotated[tuple[str, ...], Meta(max_length=MOST_HELD)] = ()
     registries: Annotated[tuple[_Text, ...], Meta(max_length=MOST_WISHES)] = ()
+    unsure: bool = False
 
 
 class NodeReport(msgspec.Struct, frozen=True):
@@ -217,19 +223,32 @@ def job_id(request: Request) -> str:
 def joined(old: Request, new: Request) -> Request:
     """Return what a job under way is to do when it is asked for once more: what the new request says, and no less.
 
-    The higher priority, the later end of the pin; rates, deadline and nodes are the new one's if it names them. The
-    batch stays: its rate is changed.
+    The higher priority, the later end of the pin; rates, deadline and nodes are the new one's if it names them. A rate
+    together with others: their batch is joined; else the batch stays, and its rate is changed.
     """
     return msgspec.structs.replace(
         old,
         priority=max(old.priority, new.priority),
         pin_until=max(old.pin_until, new.pin_until),
         rate=new.rate or old.rate,
+        batch=(new.batch if new.rate else "") or old.batch,
         node_rate=new.node_rate or old.node_rate,
         deadline=new.deadline or old.deadline,
         at=min(old.at, new.at),
         nodes=new.nodes or old.nodes,
     )
+
+
+def batch_of(name: str, requests: Iterable[Request]) -> str:
+    """Return the `batch` of (canonical) requests that are made together, `name` being theirs alone; "" for one job."""
+    count = len({job_id(request) for request in requests})
+    return f"{name}.{count}" if count > 1 else ""
+
+
+def together(batch: str) -> int:
+    """Return how many jobs a batch has, as far as it says: 0 if it does not."""
+    count = batch.rpartition(".")[2]
+    return int(count) if count.isascii() and count.isdigit() else 0
 
 
 def patience(request: Request, since: float, usual: float) -> float:

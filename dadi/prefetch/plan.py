@@ -19,6 +19,8 @@ from dadi.peers.owners import owners
 
 COPIES = 2
 """Superpeers that have each blob: its owner and its stand-in."""
+_MARGIN = 1.05
+"""On a rate that would do: whoever reads of it needs a while to ask again."""
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -90,7 +92,7 @@ def check_deadline(size: int, rate: float, *, at: float, deadline: float, now: f
     if rate and size > rate * left:
         takes, has = math.ceil(size / rate), math.floor(left)
         raise InvalidRequest(f"{size} bytes take {takes} s at {bits(rate)}, and there are {has} s until the deadline",
-                             hint=f"--rate {bits(size / left)} would do")  # fmt: skip
+                             hint=f"--rate {bits(_MARGIN * size / left)} would do")  # fmt: skip
 
 
 def bits(rate: float) -> str:

@@ -87,6 +87,64 @@ async def test_one_superpeer_of_two_proves_nothing_alone(tmp_path: Path, registr
         assert f"not asked, and so not proven: {dc.urls[1]}" in alone.output
 
 
+async def test_a_job_is_cancelled_and_tried_again_by_all_superpeers_and_each_says_what_it_did(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    async with datacenter(tmp_path, registry.host) as dc:
+        made = await indexed.add(registry, "team/app", layers_owned_by_both(dc.urls), tmp_path)
+        job = (made.reference, "--platform", PLATFORM)
+        both = [word for url in dc.urls for word in ("--superpeer", url)]
+        first, other = (run.superpeer.prefetch for run in dc.running.values())
+
+        def states() -> list[str]:
+            return [job.state.value for each in (first, other) for job in each.jobs()]
+
+        async def until(*wanted: str) -> None:
+            async with asyncio.timeout(20):
+                while states() != list(wanted):
+                    await asyncio.sleep(0.01)
+
+        assert (await dadi(*job, *both[:2], "--at", "+1h", "--detach")).exit_code == 0
+        await until("waiting", "waiting")  # the other heard of it from the first
+        assert f"shared    by {', '.join(sorted(dc.urls))}" in (await dadi("status", *job, *both)).output
+        alone = await dadi("cancel", *job, *both[:2])
+        assert alone.exit_code == 1
+        assert f"{dc.urls[1]}: it was not asked: there the job goes on" in alone.stderr
+        assert states() == ["cancelled", "waiting"]
+        rest = await dadi("cancel", *job, *both, "--json")
+        assert rest.exit_code == 0, "it is over everywhere: one had ended before"
+        assert [(row["superpeer"], row["state"]) for row in told(rest)] == [(url, "cancelled") for url in dc.urls]
+        nothing = await dadi("cancel", *job, *both)
+        assert nothing.exit_code == 1
+        assert nothing.stderr.count("has no 'cancel'") == 2
+
+        await first.retry(first.jobs()[0].id)
+        await until("waiting", "waiting")  # the first has told the other
+        await other.cancel(other.jobs()[0].id)
+        again = await dadi("retry", *job, *both)
+        assert again.exit_code == 0, "it is under way everywhere: one had not ended"
+        await until("waiting", "waiting")
+        under_way = await dadi("retry", *job, *both)
+        assert under_way.exit_code == 1
+        gone = f"http://127.0.0.1:{free_ports(1)[0]}"
+        away = await dadi("cancel", *job, *both, "--superpeer", gone, "--json")
+        assert away.exit_code == 1
+        assert [row.get("state", row.get("error")) for row in told(away)] == ["cancelled", "cancelled", "unreachable"]
+
+
+async def test_who_has_no_such_job_is_said_and_fails_nothing(tmp_path: Path, registry: FakeRegistry) -> None:
+    made = await indexed.add(registry, "team/app", TARS[:1], tmp_path)
+    async with (
+        running(tmp_path / "s", registry.host, authorization="open") as run,
+        running(tmp_path / "other", registry.host, authorization="open") as other,
+    ):
+        job = (made.reference, "--platform", PLATFORM, "--superpeer", run.url)
+        assert (await dadi(*job, "--at", "+1h", "--detach")).exit_code == 0
+        cancelled = await dadi("cancel", *job, "--superpeer", other.url)
+        assert cancelled.exit_code == 0, cancelled.output
+        assert f"at {other.url}: no such job" in cancelled.output
+
+
 async def test_a_superpeer_that_is_away_is_said_and_the_others_go_on(tmp_path: Path, registry: FakeRegistry) -> None:
     made = await indexed.add(registry, "team/app", TARS, tmp_path)
     gone = f"http://127.0.0.1:{free_ports(1)[0]}"

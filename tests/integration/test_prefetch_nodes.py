@@ -270,5 +270,5 @@ async def test_what_nodes_and_siblings_were_told_of_jobs_is_forgotten_with_them(
         clock = prefetch.clock
         prefetch.clock = lambda: clock() + 2 * 86400
         prefetch.sweep()
-        assert (prefetch.nodes._told, prefetch.nodes._wishes, prefetch._telling) == ({}, {}, {})
+        assert (prefetch.nodes._told, prefetch.nodes._wishes, prefetch.telling._tasks) == ({}, {}, {})
         assert job.nodes == {"ready": 1}, "the count stays"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -62,11 +63,15 @@ async def test_what_is_asked_for_reaches_the_job(tmp_path: Path, registry: FakeR
         assert all(word in shown.output for word in ("rate", "begins", "deadline", "pinned", "zone=a,20%"))
 
 
-async def test_images_of_one_command_are_one_batch(tmp_path: Path, registry: FakeRegistry) -> None:
+@pytest.mark.parametrize("together", [("--rate", "1Gbit"), ("--deadline", "+2h")])
+async def test_images_of_one_command_are_one_batch(
+    tmp_path: Path, registry: FakeRegistry, together: tuple[str, str]
+) -> None:
     names = [(await indexed.add(registry, f"team/{name}", TARS[:1], tmp_path)).reference for name in "ab"]
     async with one(tmp_path, registry) as (run, whom):
-        assert (await dadi(*names, *whom, "--rate", "1Gbit", "--detach", "--at", "+1h")).exit_code == 0
-        assert len({job.request.batch for job in run.superpeer.prefetch.jobs()} - {""}) == 1
+        assert (await dadi(*names, *whom, *together, "--detach", "--at", "+1h")).exit_code == 0
+        (batch,) = {job.request.batch for job in run.superpeer.prefetch.jobs()}
+        assert batch.endswith(".2")
 
 
 async def test_each_platform_that_is_named_is_brought(tmp_path: Path, registry: FakeRegistry) -> None:
@@ -165,6 +170,25 @@ async def test_no_room_is_said_before_anything_is_fetched_and_what_would_be_evic
         assert "are evicted for it: sha256:" in done.output
 
 
+async def test_an_image_that_had_to_make_room_for_the_next_is_not_called_ready(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    first = await indexed.add(registry, "team/first", TARS[:1], tmp_path)
+    other = await indexed.add(registry, "team/other", [tar_of(big=content(250_000, 7))], tmp_path)
+    gate = asyncio.Event()
+    registry.script("/team/other/manifests/", *[Fault(gate=gate)] * 5)
+    async with one(tmp_path, registry, limit=700_000) as (run, whom):
+        command = asyncio.create_task(dadi(first.reference, other.reference, *whom, "--json"))
+        async with asyncio.timeout(30):
+            while State.READY not in {job.state for job in run.superpeer.prefetch.jobs()}:
+                await asyncio.sleep(0.01)
+        gate.set()
+        done = await command
+        assert done.exit_code == 1
+        assert [row["ready"] for row in told(done)] == [False, True]
+        assert "lacks" in told(done)[0]["problems"][0]
+
+
 async def test_a_deadline_that_cannot_be_met_is_said_at_once_with_the_rate_that_would_do(
     tmp_path: Path, registry: FakeRegistry
 ) -> None:
@@ -176,9 +200,20 @@ async def test_a_deadline_that_cannot_be_met_is_said_at_once_with_the_rate_that_
         assert "would do" in late.output
         assert run.superpeer.lazy.statistics()["bytes"] == 0
         # Each alone would come in time, and not both at the one rate: 600 kB in 60 s.
-        together = await dadi(*names, *whom, "--rate", "60kbit", "--at", "+1h", "--deadline", "+3660s", "--detach")
+        both = (*names, *whom, "--at", "+1h", "--deadline", "+3660s")
+        together = await dadi(*both, "--rate", "60kbit")
         assert together.exit_code == 1
-        assert "would do" in together.output
+        rates = set(re.findall(r"--rate (\S+) would do", together.output))
+        assert len(rates) == 1, "the same, whichever image is looked at"
+        assert together.output.count("all images together") == 2
+        assert {job.state for job in run.superpeer.prefetch.jobs()} == {State.FAILED}
+        assert run.superpeer.lazy.statistics()["bytes"] == 0
+        would_do = await dadi(*both, "--rate", rates.pop(), "--detach")
+        assert would_do.exit_code == 0, would_do.output
+        joined = await dadi(names[0], *whom, "--rate", "1kbit", "--at", "+1h", "--detach")
+        assert joined.exit_code == 1, "it waits, and is to go slower than its deadline lets it"
+        assert "would do" in joined.output
+        assert {job.state for job in run.superpeer.prefetch.jobs()} == {State.WAITING}
 
 
 async def test_a_datacenter_that_does_not_answer_holds_up_no_other(tmp_path: Path, registry: FakeRegistry) -> None:

@@ -201,6 +201,19 @@ async def test_what_lifts_a_part_of_a_job_leaves_the_rest_its_pace() -> None:
     assert now == pytest.approx(10.0)
 
 
+async def test_who_waits_at_a_rate_that_is_raised_waits_no_longer_than_at_that(tmp_path: Path) -> None:
+    now, bucket = 0.0, Bucket(10.0, 0.0, burst=0.0)
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        if now == 1.0:
+            bucket.change(1000.0, now)
+
+    await Pace([bucket], clock=lambda: now, sleep=sleep).take(10_010)
+    assert now == pytest.approx(11.0)
+
+
 async def test_a_step_makes_way_for_reads_that_somebody_waits_for_and_not_for_ever() -> None:
     slept: list[float] = []
     busy = [True] * 3

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from dadi.errors import Unavailable
@@ -96,6 +97,52 @@ async def test_a_registry_that_is_back_in_time_is_enough(tmp_path: Path, registr
         assert job.tries > 8
 
 
+async def test_a_deadline_that_cannot_be_met_when_the_registry_is_back_is_said_and_it_is_brought_all_the_same(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    made = await indexed.add(registry, "team/app", TARS, tmp_path)
+    registry.script("", *[Fault(drop=True)] * 5000)
+    async with running(tmp_path / "s", registry.host, authorization="open") as run:
+        time = Time(run)
+        time.on_sleep = lambda: registry._script.clear() if time.now > 1e9 + 3000 else None
+        job = await over(run, made.reference, deadline=time.now + 3600, rate=sum(map(len, made.layers)) / 1000)
+        assert (job.state, job.error) == (State.READY, None)
+        said, late = job.notes
+        assert "until the deadline (--rate " in said
+        assert late == "done after its deadline"
+
+
+@pytest.mark.parametrize("how", ["asked for again", "retried"])
+async def test_a_job_that_waits_for_its_next_try_is_tried_at_once_when_somebody_asks(
+    tmp_path: Path, registry: FakeRegistry, how: str
+) -> None:
+    made = await indexed.add(registry, "team/app", TARS, tmp_path)
+    registry.script("", *[Fault(drop=True)] * 5000)
+    async with running(tmp_path / "s", registry.host, authorization="open") as run:
+        prefetch = run.superpeer.prefetch
+        never = asyncio.Event()
+
+        async def sleep(seconds: float) -> None:
+            await never.wait()
+
+        prefetch.sleep = sleep
+        request = canonical(Request(made.reference, PLATFORM))
+        job = await prefetch.submit(request)
+        async with asyncio.timeout(30):
+            while not job.stage.startswith("try 2 in"):
+                await asyncio.sleep(0.01)
+        registry._script.clear()
+        told = msgspec.structs.replace(request, manifest=f"sha256:{'0' * 64}")
+        await prefetch.submit(told)  # by a sibling
+        assert repr(prefetch.tries) == "Tries(1 wait)"
+        about = (made.reference, "--platform", PLATFORM, "--superpeer", run.url)
+        again = await dadi(*about) if how == "asked for again" else await dadi("retry", *about)
+        assert again.exit_code == 0, again.output
+        async with asyncio.timeout(20):
+            while job.state is not State.READY:
+                await asyncio.sleep(0.01)
+
+
 async def test_who_does_not_wait_is_told_that_it_is_tried_again(tmp_path: Path, registry: FakeRegistry) -> None:
     registry.script("", *[Fault(drop=True)] * 5000)
     async with running(tmp_path / "s", registry.host, authorization="open") as run:
@@ -136,3 +183,11 @@ async def test_a_datacenter_keeps_the_rate_and_who_asks_again_does_not_undo_it(
         async with asyncio.timeout(20):
             while taken() != 160.0:  # two images, and one rate for both
                 await asyncio.sleep(0.01)
+        # The first is under way at both; it is asked for with another at one of them, and joins it everywhere.
+        for name in (made, other):
+            batch = canonical(Request(name.reference, PLATFORM, rate=20.0, batch="joined.2"))
+            await dc.running[dc.urls[0]].superpeer.prefetch.submit(batch)
+        async with asyncio.timeout(20):
+            while taken() != 80.0 or any(len(each._jobs.get("joined.2", {})) != 2 for each in rates):
+                await asyncio.sleep(0.01)
+        assert jobs[dc.urls[1]].request.batch == "joined.2"

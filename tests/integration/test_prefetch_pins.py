@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,10 @@ async def test_all_that_a_start_needs_is_kept_and_the_compressed_forms_too(
         evict_all(run)
         assert wanted <= set(run.superpeer.store.digests())
         run.superpeer.prefetch.pins.drop(job)
-        evict_all(run)
-        assert run.superpeer.store.digests() == []
+        async with asyncio.timeout(20):
+            while run.superpeer.store.digests():  # a layer that is being completed just now is in use till then
+                evict_all(run)
+                await asyncio.sleep(0.01)
 
 
 async def test_the_record_of_a_pinned_image_is_not_pushed_out_by_those_of_others(

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from dadi import http
 from dadi.errors import AccessDenied
 from dadi.oci.credentials import Credentials
 from dadi.oci.reference import Reference
 from dadi.prefetch.life import State
-from dadi.prefetch.messages import Request, canonical, job_id
+from dadi.prefetch.messages import Request, Wishes, canonical, decode_wishes, job_id
 from superpeer.config import PrefetchConfig
 from tests.contracts.store import content
 from tests.fakes import indexed
@@ -153,6 +154,68 @@ async def test_nodes_hear_of_private_images_that_they_may_have_and_of_no_others(
                 assert stranger.warmer._any_token(), "the second time it has a token, for something else"
             await friend.warmer.once()
             assert (job.nodes, shared.nodes) == ({"ready": 1}, {"ready": 2})
+
+
+async def test_what_is_pinned_is_told_to_those_who_may_have_the_image_and_to_no_others(
+    tmp_path: Path, private: FakeRegistry
+) -> None:
+    async def credentials(reference: Reference) -> Credentials | None:
+        return Credentials(USER, SECRET)
+
+    async def told(run: Running, have: str) -> Wishes:
+        where = f"{run.url}/v1/prefetch/wanted"
+        async with http.client() as session:
+            parameters = {"node": "anybody", "have": have}
+            async with http.request(session, "GET", where, "asking", params=parameters) as response:
+                return decode_wishes(await response.read())
+
+    async with (
+        running(tmp_path / "s", private.host, authorization="registry") as run,
+        node(tmp_path, run.url, "friend", credentials=credentials) as friend,
+        node(tmp_path, run.url, "holder", credentials=credentials) as holder,
+    ):
+        prefetch = run.superpeer.prefetch
+        request = canonical(Request(image(private), PLATFORM, nodes="all", pin_until=1e10))
+        job = await prefetch.submit(request, Credentials(USER, SECRET))
+        await until(job.id, run, State.READY)
+        for each in (friend, holder):
+            await each.warmer.once()
+            assert each.warmer.statistics()["pinned"] == 1
+        assert (await told(run, job.id)).pinned == ()
+        assert await told(run, "") == await told(run, job.id), "a guess is not answered"
+
+        async def nothing(reference: Reference) -> Credentials | None:
+            return None
+
+        holder.client.access._credentials = nothing  # as where it had a pull secret: its token speaks for it
+        holder.warmer._any_token = dict  # the one that it shows first is another image's
+        job.state = State.FAILED  # asked for again since, and its registry was away
+        for each in (friend, holder):
+            await each.warmer.once()
+            assert each.warmer.statistics()["pinned"] == 1, each.warmer._place()
+        await prefetch.cancel(job.id)
+        for each in (friend, holder):
+            await each.warmer.once()
+            assert each.warmer.statistics()["pinned"] == 0
+
+
+async def test_a_registry_that_cannot_be_asked_who_may_ends_no_pin(tmp_path: Path, private: FakeRegistry) -> None:
+    async with running(tmp_path / "s", private.host, authorization="registry") as run:
+        prefetch = run.superpeer.prefetch
+        made = canonical(Request(image(private), PLATFORM, nodes="all", pin_until=1e10))
+        job = await prefetch.submit(made, Credentials(USER, SECRET))
+        await until(job.id, run, State.READY)
+        async with node(tmp_path, run.url, "one") as one:
+            held = contextlib.ExitStack()
+            one.warmer._pins[job.id] = 1e10, held
+            private.script("", *[Fault(drop=True)] * 5000)
+            await one.warmer.once()
+            assert one.warmer.statistics()["pinned"] == 1
+            private._script.clear()
+            async with asyncio.timeout(20):
+                while one.warmer.statistics()["pinned"]:  # what the registry says is remembered for a moment
+                    await one.warmer.once()
+                    await asyncio.sleep(0.1)
 
 
 class TestOperators:

@@ -71,6 +71,27 @@ class TestRates:
         rates.begin(job("c", batch="b"), 2)
         assert bucket.rate == 5.0
 
+    def test_a_job_that_runs_takes_from_the_rate_of_those_that_it_is_asked_for_with(self) -> None:
+        rates = Rates(lambda: 0.0)
+        one, other, mate = job("a", rate=0.0), job("b", rate=60.0, batch="new.2"), job("c", batch="old")
+        for each in (one, other):
+            rates.begin(each, 2)
+        rates.divide(one, 2)
+        taken = rates.taken_by(one)
+        assert taken.take(1000, 0.0) == 0.0
+        for batch in ("old", "new.2"):  # the second time out of a batch in which another job goes on
+            rates.begin(mate, 2)
+            one.request = joined(one.request, canonical(Request("a", "linux/amd64", rate=60.0, batch=batch)))
+            rates.changed(one)
+            assert taken.bucket is rates._buckets[batch]
+            assert taken.rate == 30.0, "of two superpeers"
+        taken.take(15, 0.0)
+        assert rates.taken_by(other).take(30, 0.0) == 1.0, "what one has taken the other waits for"
+        assert set(rates._buckets) == {"old", "new.2"}
+        for each in (one, other, mate):
+            rates.end(each)
+        assert (rates._buckets, rates._taken, rates._superpeers, rates._divided) == ({}, {}, {}, set())
+
     def test_images_of_one_command_share_its_rate(self) -> None:
         rates = Rates(lambda: 0.0)
         jobs = [job(name, batch="b") for name in ("a", "b", "c")]
