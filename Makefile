@@ -12,8 +12,8 @@ setup:          ## install what is missing: Debian packages (as root) and .venv
 demo: setup     ## show the main job with real parts (root); ARGS="--help" for options
 	@$(PYTHON) -m demo $(ARGS)
 
-test: setup     ## all tests; what this machine cannot run is skipped with its reason; ARGS="-k name" selects
-	@$(PYTHON) -m pytest $(ARGS)
+test: setup     ## all tests, in two processes; what this machine cannot run is skipped; ARGS="-k name" selects, in one
+	@$(PYTHON) -m tests $(ARGS)
 
 check: setup    ## ruff and mypy
 	@.venv/bin/ruff check .

@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import random
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,15 +35,17 @@ class _Injury:
         self._file, self._state = directory / "injury", f"{directory / 'state'}/"
         self._looked, self._now = 0.0, {}  # type: float, dict[str, Any]
         self._monotonic = time.monotonic
+        self._looking = threading.Lock()
 
     def now(self) -> dict[str, Any]:
-        if self._monotonic() - self._looked > LOOKED_AT_EVERY:
-            self._looked = self._monotonic()
-            try:
-                self._now = json.loads(self._file.read_bytes())
-            except (OSError, ValueError):
-                self._now = {}
-        return self._now
+        with self._looking:  # else a thread that was held up between reading and telling would tell of an old injury
+            if self._monotonic() - self._looked > LOOKED_AT_EVERY:
+                self._looked = self._monotonic()
+                try:
+                    self._now = json.loads(self._file.read_bytes())
+                except (OSError, ValueError):
+                    self._now = {}
+            return self._now
 
     def hits(self, call: str, what: object) -> bool:
         now = self.now()

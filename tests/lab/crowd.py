@@ -144,6 +144,7 @@ class Crowd:
     # ---- putting it together
 
     def _start(self) -> None:
+        self.forks = self._exits.enter_context(Forks(self.lab))
         host = self.network.host("registry", self.setting.rate)
         directory = self.lab.root / "registry"
         shutil.copytree(self.material.data, directory / "data")
@@ -155,7 +156,6 @@ class Crowd:
         self.urls = [f"http://{host.address}:{SUPERPEER_PORT}" for host in hosts]
         for number in range(len(hosts)):
             self.superpeers.append(self._superpeer(number))
-        self.forks = self._exits.enter_context(Forks(self.lab))
         for number in range(self.setting.nodes):
             self.members.append(self._member(number))
         deadline = time.monotonic() + _READY

@@ -34,7 +34,10 @@ _PATIENCE = 30.0
 
 
 class Forks:
-    """The process that forks, in a lab; leaving it ends that process, and leaves what it forked to the lab."""
+    """The process that forks, in a lab; leaving it ends that process, and leaves what it forked to the lab.
+
+    It imports all while others go on; who is the first to have something forked waits for that.
+    """
 
     def __init__(self, lab: Lab, programs: Sequence[str] = ()) -> None:
         """`programs`: modules to import beside fork_server.PROGRAMS."""
@@ -58,7 +61,7 @@ class Forks:
         lab.children.append(cast("subprocess.Popen[bytes]", self._popen))
         self._thread = threading.Thread(target=self._listen, name="forking", daemon=True)
         self._thread.start()
-        self._answer("ready")
+        self._ready = False
 
     def __enter__(self) -> Forks:
         return self
@@ -74,6 +77,9 @@ class Forks:
     def fork(self, program: str, arguments: Sequence[str], log: Path, namespace: Path | None,
              environment: Mapping[str, str]) -> int:  # fmt: skip
         """Return the pid of a new process. Raises LabFailed."""
+        if not self._ready:
+            self._answer("ready")
+            self._ready = True
         wanted = {"program": program, "arguments": list(arguments), "log": str(log),
                   "namespace": namespace and str(namespace), "environment": dict(environment)}  # fmt: skip
         assert self._popen.stdin is not None

@@ -11,8 +11,7 @@ import pytest
 
 from tests.lab import images
 from tests.lab.cleanup import Lab
-from tests.lab.compare import differences, snapshot_of
-from tests.lab.oci_layout import Image
+from tests.lab.compare import Snapshot, differences, snapshot_of
 from tests.lab.processes import Node
 from tests.lab.registry import DockerRegistry
 from tests.lab.starts import program
@@ -27,9 +26,19 @@ def lab() -> Iterator[Lab]:
         yield lab
 
 
+@pytest.fixture(scope="module")
+def unpacked(lab: Lab) -> Snapshot:
+    # umoci knows no zstd; the files of both tags are the same.
+    image = images.debian_python(CACHE, zstd=False)
+    bundle = lab.root / "unpacked"
+    subprocess.run(["umoci", "unpack", "--image", f"{image.layout}:{image.tag}", bundle], check=True,
+                   capture_output=True)  # fmt: skip
+    return snapshot_of(bundle / "rootfs")
+
+
 @pytest.mark.timeout(900)  # the image is built here if neither demo nor bench has done so
 @pytest.mark.parametrize("zstd", [False, True], ids=["gzip", "one layer zstd"])
-def test_debian_mounted_is_debian_unpacked(lab: Lab, zstd: bool) -> None:
+def test_debian_mounted_is_debian_unpacked(lab: Lab, unpacked: Snapshot, zstd: bool) -> None:
     image = images.debian_python(CACHE, zstd=zstd)
     assert len(image.layers) >= 4
     assert image.unpacked_size > 150_000_000
@@ -49,16 +58,6 @@ def test_debian_mounted_is_debian_unpacked(lab: Lab, zstd: bool) -> None:
         assert node.status()["superpeers"] == ["embedded"]
         with program(image, target) as line:
             assert line == image.facts["first_line"]
-        # umoci knows no zstd; the files of both tags are the same.
-        unpacked = unpack(lab, images.debian_python(CACHE, zstd=False))
-        assert differences(snapshot_of(unpacked), snapshot_of(target), untimed=(b"",)) == []
+        assert differences(unpacked, snapshot_of(target), untimed=(b"",)) == []
         node.dadi("umount", str(target))
         node.stop()
-
-
-def unpack(lab: Lab, image: Image) -> Path:
-    bundle = lab.root / "unpacked"
-    if not bundle.exists():
-        subprocess.run(["umoci", "unpack", "--image", f"{image.layout}:{image.tag}", bundle], check=True,
-                       capture_output=True)  # fmt: skip
-    return bundle / "rootfs"

@@ -112,7 +112,10 @@ async def test_what_is_not_there_is_no_error_where_that_was_the_question() -> No
         (Code.UNAVAILABLE, "failed to connect to all addresses; last error: UNKNOWN: unix:/x", "is containerd running"),
     ],
 )
-async def test_errors_that_have_a_remedy_say_it(code: grpc.StatusCode, details: str, hint: str) -> None:
+async def test_errors_that_have_a_remedy_say_it(
+    code: grpc.StatusCode, details: str, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_DIALS", 0.2)  # seconds that a snapshotter has to come up
     with pytest.raises(DadiError) as raised:
         await containerd(Channel(failure(code, details))).prepare("dadi", "key", "", {})
     assert hint in (raised.value.hint or "")
