@@ -20,7 +20,7 @@ _FORM = re.compile(r"sha256:[0-9a-f]{64}")
 def parse(text: str) -> str:
     """Return `text` if it is a digest of the only form we use; raise InvalidRequest otherwise."""
     if not _FORM.fullmatch(text):
-        raise InvalidRequest(f"not a sha256 digest: {text[:100]!r}")
+        raise InvalidRequest(f"not a sha256 digest: {text[:100]!r}", hint="sha256: and 64 hexadecimal digits")
     return text
 
 

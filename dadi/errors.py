@@ -2,8 +2,9 @@
 
 The text of an error is the sentence that a person reads: what failed, where, and what to do (`hint`). The class
 carries what a caller decides by: `retryable`, and the two codes that edges translate to (`errno` for the kernel,
-`status` for HTTP). Nothing here does I/O. Edges: `fuse/device.py` (errno), `dadi/http.py` (HTTP), `dadi/cli` (exit
-status 1 and the sentence).
+`status` for HTTP). Nothing here does I/O. Edges: `fuse/device.py` (errno), `dadi/http.py` (HTTP),
+`registry_proxy/app.py` (OCI error JSON), `dadi/snapshotter/service.py` (gRPC), `dadi/cli` (exit status 1 and the
+sentence).
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from typing import Any
 from dadi.errors import Conflict
 
 _MAX_PATH = 107
+_ELSEWHERE = "`run` in the configuration chooses the directory"
 
 
 class Serving:
@@ -36,7 +37,7 @@ async def listen(server: Any, path: Path) -> Serving:
     try:
         server.add_insecure_port(f"unix:{path}")
     except RuntimeError as error:
-        raise Conflict(f"cannot listen on {path}: {error}") from None
+        raise Conflict(f"cannot listen on {path}: {error}", hint=_ELSEWHERE) from None
     await asyncio.to_thread(os.chmod, path, 0o600)
     await server.start()
     return Serving(server, path)
@@ -45,7 +46,8 @@ async def listen(server: Any, path: Path) -> Serving:
 async def _make_way(path: Path) -> None:
     """Remove a socket that a process left which is gone."""
     if len(os.fsencode(path)) > _MAX_PATH:
-        raise Conflict(f"cannot listen on {path}: the path of a socket has at most {_MAX_PATH} bytes")
+        why = f"the path of a socket has at most {_MAX_PATH} bytes"
+        raise Conflict(f"cannot listen on {path}: {why}", hint=_ELSEWHERE)
     await asyncio.to_thread(partial(path.parent.mkdir, parents=True, exist_ok=True))
     try:
         _, writer = await asyncio.open_unix_connection(path)
@@ -54,8 +56,9 @@ async def _make_way(path: Path) -> None:
     except OSError as error:
         status = await asyncio.to_thread(os.lstat, path)
         if not stat.S_ISSOCK(status.st_mode):
-            raise Conflict(f"cannot listen on {path}: {error.strerror}; it is no socket") from None
+            hint = "move it away, if nobody needs it"
+            raise Conflict(f"cannot listen on {path}: {error.strerror}; it is no socket", hint=hint) from None
         await asyncio.to_thread(path.unlink, missing_ok=True)
     else:
         writer.close()
-        raise Conflict(f"another process listens on {path}", hint="the configuration chooses the place")
+        raise Conflict(f"another process listens on {path}", hint=_ELSEWHERE)

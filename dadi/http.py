@@ -80,7 +80,8 @@ async def request(
     except TimeoutError:
         raise Unreachable(f"{what}: {url} did not answer in time", hint="is it up, and reachable from here?") from None
     except aiohttp.NonHttpUrlClientError:
-        raise ConfigError(f"{what}: {url} is not encrypted, while tls is configured", hint="https://?") from None
+        hint = "write its URL with https://"
+        raise ConfigError(f"{what}: {url} is not encrypted, while tls is configured", hint=hint) from None
     except aiohttp.ClientConnectorError as error:
         _raise_refusal(error, what, url)
         hint = "is it running? is the address right?"
@@ -268,5 +269,5 @@ def parse_listen(listen: str) -> tuple[str, int]:
     """Return (host, port) of "host:port", "[v6]:port" or ":port"."""
     host, _, port = listen.rpartition(":")
     if not port.isdigit() or int(port) > 65535:
-        raise InvalidRequest(f"{listen!r} is not host:port")
+        raise InvalidRequest(f"{listen!r} is not host:port", hint="`listen` is HOST:PORT, [IPv6]:PORT or :PORT")
     return host.strip("[]") or "0.0.0.0", int(port)

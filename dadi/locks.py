@@ -55,7 +55,7 @@ def take(directory: Path, hint: str) -> Lock:
         try:
             if not _locked(fd):
                 if not _is_dying(holder):
-                    raise Conflict(f"{directory} is used by another process", hint=hint)
+                    raise Conflict(f"{directory} is used by another process, whose PID {holder} links to", hint=hint)
                 dying.append(fd)
                 fd = -1
                 new = path.with_name("lock.new")

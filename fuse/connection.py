@@ -63,7 +63,7 @@ def offered() -> tuple[int, int]:
 def _negotiate(fd: int, max_read: int) -> wire.Init:
     while True:
         if not select.select([fd], [], [], 10)[0]:
-            raise Unavailable("the kernel did not begin to speak FUSE within 10 s")
+            raise Unavailable("the kernel did not begin to speak FUSE within 10 s", hint="very busy? see `dmesg`")
         request = wire.parse_request(os.read(fd, wire.REQUEST_SIZE))
         if request.opcode != wire.INIT:
             raise Malformed(f"the kernel began to speak FUSE with opcode {request.opcode}, not INIT")

@@ -141,7 +141,7 @@ class Front:
             registry = parse_registry(ns) if ns is not None else self._default
             challenge = await self._upstream.challenge(registry)
             if challenge:
-                raise LoginRequired(f"{registry} wants to know who asks", challenge=challenge)
+                raise LoginRequired(f"{registry} wants to know who asks", hint="log in", challenge=challenge)
         return web.json_response({}, headers=_VERSION)
 
     def _document(self, request: web.Request, document: Document, *, named: bool = False, link: str = "",

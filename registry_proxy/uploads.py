@@ -58,7 +58,8 @@ class Uploads:
         except SourceFailed as failed:
             if isinstance(failed.error, DadiError):
                 raise failed.error from None
-            raise InvalidRequest(f"what is pushed was cut off: {type(failed.error).__name__}") from None
+            what = f"what is pushed was cut off: {type(failed.error).__name__}"
+            raise InvalidRequest(what, hint="push again") from None
 
     def _location(self, location: str, url: str, base: str, request: web.Request, repository: Reference) -> str:
         target = urljoin(url, location)

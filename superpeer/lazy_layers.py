@@ -25,6 +25,7 @@ import msgspec
 import structlog
 
 from dadi.blobs.disk import DiskBlobs
+from dadi.blobs.files import RAISE_LIMIT
 from dadi.blobs.source import Urgency
 from dadi.errors import DadiError, NotFound, StoreFull, Unavailable, Unsupported
 from dadi.fallbacks import Fallbacks
@@ -281,11 +282,12 @@ class LazyLayers:
                 async with asyncio.timeout(_PATIENCE):
                     await self.bring(rest.reference, layer, part, Urgency.BACKFILL)
                 if await self._store.missing(layer.blob, part):
-                    raise StoreFull(f"the store does not keep {layer.blob}")
+                    raise StoreFull(f"the store does not keep {layer.blob}", hint=RAISE_LIMIT)
                 return
             await ranged.complete()
         except TimeoutError:
-            raise Unavailable(f"{layer.blob} did not come in {_PATIENCE:.0f} s") from None
+            hint = "is its registry slow? it is tried again"
+            raise Unavailable(f"{layer.blob} did not come in {_PATIENCE:.0f} s", hint=hint) from None
         except Lie as lie:
             await self._on_lie(layer, lie)
             await self.drop(layer)

@@ -1,4 +1,4 @@
-"""How many joins a superpeer takes when thousands of nodes come at once. Pure: time is an argument.
+"""How many joins a superpeer takes when thousands of nodes come at once. No I/O: time is an argument.
 
     wait(now)   0: take it; else the seconds after which the node is to come again
     took(cost)  what a join that was taken cost, in seconds of this process

@@ -181,7 +181,8 @@ class SharedLayers:
                 ):
                     await build.build(pieces, source, _Nowhere(), limits=self._limits)
             except TimeoutError:
-                raise Unavailable(f"{reference.registry} takes too long to give {layer.layer_digest}") from None
+                what = f"{reference.registry} takes too long to give {layer.layer_digest}"
+                raise Unavailable(what, hint="it is asked again when the image is asked for") from None
             except (Unavailable, RegistryNotAllowed):
                 raise
             except DadiError as error:

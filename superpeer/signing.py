@@ -32,7 +32,7 @@ from dadi.blobs.layout import write_durably
 from dadi.errors import ConfigError, DadiError, TokenRefused
 from dadi.index.signature import private_key
 from dadi.peers import token as tokens
-from dadi.peers.keys import PublicKey, PublicKeys
+from dadi.peers.keys import REVOKED, PublicKey, PublicKeys
 from dadi.peers.token import Kind, Token
 
 log = structlog.get_logger()
@@ -258,7 +258,7 @@ class SigningKeys:
         """See `KeySource`."""
         is_old = token.key in self._public and token.not_before < self._not_before
         if is_old or {token.id, token.key} & self._revoked or token.id in self._withdrawn:
-            raise TokenRefused("the token was revoked")
+            raise TokenRefused("the token was revoked", hint=REVOKED)
 
     async def ask_for(self, key: str) -> None:
         """See `KeySource`: nobody knows better."""

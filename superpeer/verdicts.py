@@ -193,7 +193,8 @@ class Verdicts:
             async with asyncio.timeout(_PATIENCE if older or hasty else None):
                 yes = await asyncio.shield(task)
         except TimeoutError:
-            return self._as_it_was(grant, Unavailable(f"{reference.registry} does not answer"), reference)
+            late = Unavailable(f"{reference.registry} did not answer in {_PATIENCE:.0f} s")
+            return self._as_it_was(grant, late, reference)
         except Unavailable as error:
             return self._as_it_was(grant, error, reference)
         if not yes:

@@ -25,6 +25,7 @@ from http import HTTPStatus
 from aiohttp import HttpVersion10, web
 
 from dadi import http
+from dadi.blobs.files import CHECK_DISK
 from dadi.errors import DadiError, InvalidRequest
 
 STALLED = 60.0
@@ -52,7 +53,7 @@ class Answer(web.StreamResponse):
         self._keeps = request.keep_alive
         old = request.version == HttpVersion10
         if chunked and old:
-            raise InvalidRequest("HTTP/1.0 has no bodies whose length is not known")
+            raise InvalidRequest("HTTP/1.0 has no bodies whose length is not known", hint="ask by HTTP/1.1")
         lines = [f"HTTP/1.1 {_reason(status)}", *(f"{name}: {value}" for name, value in headers.items())]
         if chunked:
             lines.append("Transfer-Encoding: chunked")
@@ -264,7 +265,7 @@ async def read(fd: int, offset: int, length: int) -> _Piece:
         except OSError as error:
             raise _unreadable(error) from None
     if not piece:
-        raise DadiError("the file is shorter than its blob")
+        raise _too_short()
     return piece
 
 
@@ -286,7 +287,7 @@ def _sent_at_once(transport: asyncio.Transport, fd: int, offset: int, length: in
     try:
         while done < length:
             if not (sent := os.sendfile(to, fd, offset + done, length - done)):
-                raise DadiError("the file is shorter than its blob")
+                raise _too_short()
             done += sent
     except BlockingIOError:
         pass
@@ -310,7 +311,11 @@ def _give_up_idle(transport: asyncio.Transport, taken: int) -> None:
 
 
 def _unreadable(error: OSError) -> DadiError:
-    return DadiError(f"a blob's file cannot be sent: {error.strerror or error}", hint="is the disk well?")
+    return DadiError(f"a blob's file cannot be sent: {error.strerror or error}", hint=CHECK_DISK)
+
+
+def _too_short() -> DadiError:
+    return DadiError("a blob's file in the store is shorter than the blob", hint=CHECK_DISK)
 
 
 def _in_page_cache(fd: int, offset: int, length: int) -> bool:

@@ -298,7 +298,8 @@ class DiskBlobs:
             old = self._blobs.get(blob.digest)
             if old is not None:
                 if old.complete:
-                    raise Malformed(f"{blob} is here, whole and verified, and has {old.blob.size} bytes")
+                    hint = "who says that it has another size is wrong, or lies"
+                    raise Malformed(f"{blob} is here, whole and verified, and has {old.blob.size} bytes", hint=hint)
                 if old.holds:
                     hint = "unmount what uses it first"
                     raise StoreFull(f"{blob} is held here with another chunk table", hint=hint)
@@ -340,7 +341,7 @@ class DiskBlobs:
                 self._withdraw(stored)
                 raise DigestMismatch(
                     f"all chunks of {blob} match its chunk table, but the whole does not match its digest",
-                    hint="the chunk table is wrong: ask the superpeer to index the image again",
+                    hint="its chunk table is wrong: unmount the images that have it, and mount them again",
                 )
             stored.complete = True
 

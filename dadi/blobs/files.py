@@ -22,6 +22,7 @@ from dadi.index.chunks import Blob
 
 log = structlog.get_logger()
 RAISE_LIMIT = "raise store.limit, or free some space"
+CHECK_DISK = "check the disk and the kernel's log; `dadi verify` throws away what is damaged"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.EUCLEAN, errno.EBADMSG)
 """What a read says where the disk, or what lies on it, is broken; the last two are file systems' own checks."""
@@ -103,9 +104,9 @@ def read_chunks(path: Path, blob: Blob, chunks: range) -> list[bytes]:
         finally:
             os.close(fd)
     except OSError as error:
-        raise Unavailable(f"cannot read {path}: {error.strerror}", hint="check the disk") from None
+        raise Unavailable(f"cannot read {path}: {error.strerror}", hint=CHECK_DISK) from None
     if sum(map(len, parts)) != length:
-        raise Unavailable(f"{path} is shorter than its blob", hint="was it changed by hand? remove its directory")
+        raise Unavailable(f"{path} is shorter than its blob", hint="was it changed by hand? `dadi verify`")
     return parts
 
 
@@ -227,7 +228,8 @@ def _open_unseen(path: Path) -> int:
 
 def _damage_or_raise(path: Path, error: OSError) -> None:
     if error.errno not in _DAMAGE:
-        raise Unavailable(f"cannot read {path}: {error.strerror}", hint="try again when that is mended") from None
+        hint = "check the disk and the kernel's log, then try again"
+        raise Unavailable(f"cannot read {path}: {error.strerror}", hint=hint) from None
 
 
 def hash_and_sync(directory: BlobDirectory, size: int) -> str:

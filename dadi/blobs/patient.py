@@ -59,9 +59,9 @@ class Patient:
                 left = deadline - self._clock()
                 if left <= 0:
                     failure = self._gave_up(blob, error)
-                    self._fallbacks.note("read failed, nobody could answer", failure.message)
+                    self._fallbacks.note("read failed, nobody could answer", str(failure))
                     raise failure from error
-                self._fallbacks.note("read waits for upstream", error.message)
+                self._fallbacks.note("read waits for upstream", str(error))
                 asked = error.retry_after if isinstance(error, Unavailable) and error.retry_after else 0.0
                 self.waiting += 1
                 try:

@@ -30,8 +30,8 @@ from dadi.errors import DadiError
 def cli() -> None:
     """Container images that start before they are there.
 
-    Talks to the node daemon (dadi-node) of this machine; index, convert and pull talk to registries themselves, pull
-    also to containerd.
+    Talks to the node daemon (dadi-node) of this machine; prefetch talks to superpeers, index, convert and pull to
+    registries, pull also to containerd.
     """
 
 

@@ -63,6 +63,7 @@ _CODES: dict[Any, type[DadiError]] = {
 }
 
 T = TypeVar("T")
+_BUSY = "is it very busy, or does it hang? its log (journalctl -u containerd) may say"
 _DIALS = 10.0
 """Seconds in which containerd dials a plugin's socket anew that was not there, or was gone, when it last looked: until
 then it answers out of its memory."""
@@ -249,7 +250,8 @@ class Containerd:
                 return
             except NotFound:
                 pass
-        raise errors.Conflict(f"containerd: somebody else makes and removes the image {name} all the time")
+        told = f"containerd: somebody else makes and removes the image {name} all the time"
+        raise errors.Conflict(told, hint="try again when that is over")
 
     # ---- containerd itself
 
@@ -280,14 +282,14 @@ class Containerd:
         except asyncio.InvalidStateError:  # it ended before we had said all
             raise self._translated(what, await call.code(), await call.details()) from None
         except TimeoutError:
-            raise errors.Unavailable(f"containerd: {what}: no answer for {QUICK:.0f} s") from None
+            raise errors.Unavailable(f"containerd: {what}: no answer for {QUICK:.0f} s", hint=_BUSY) from None
         finally:
             call.cancel()
 
     def _translated(self, what: str, code: Any, details: str | None) -> DadiError:
         kind = _CODES.get(code, DadiError)
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return errors.Unavailable(f"containerd: {what}: no answer in time")
+            return errors.Unavailable(f"containerd: {what}: no answer in time", hint=_BUSY)
         return kind(f"containerd: {what}: {details or code.name}", hint=_hint(code, details or "", self.address))
 
 

@@ -235,7 +235,8 @@ class Pull:
                 continue
             await self._unpack(containerd, image, number, key, mounts, wanted, downloads)
             return ORDINARY
-        raise Conflict(f"containerd says that the layer {chain_id} is there, and that it is not")
+        hint = "somebody removes it meanwhile? pull again; does `ctr snapshots --snapshotter dadi ls` answer?"
+        raise Conflict(f"containerd says that the layer {chain_id} is there, and that it is not", hint=hint)
 
     async def _unpack(
         self,

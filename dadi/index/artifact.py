@@ -31,7 +31,7 @@ from dadi import __version__
 from dadi import digest as digests
 from dadi.errors import DadiError, InvalidRequest, Malformed, TooLarge, Unsupported
 from dadi.index import layer, seek
-from dadi.index.chunks import MAX_CHUNK_SIZE, MIN_CHUNK_SIZE
+from dadi.index.chunks import MAX_CHUNK_SIZE, MIN_CHUNK_SIZE, OTHER_VERSION
 from dadi.index.layer import LayerIndex, Room
 from dadi.index.seek import SeekTable
 from dadi.oci import media_types
@@ -105,12 +105,13 @@ def decode(manifest: Manifest) -> Artifact:
     if manifest.artifact_type != ARTIFACT_TYPE:
         known = is_index(manifest.artifact_type)
         what = f"version {manifest.artifact_type[len(_TYPE) :][:20]}" if known else "no version"
-        raise Unsupported(f"an index artifact of {what}; this dadi knows version {VERSION}")
+        raise Unsupported(f"an index artifact of {what}; this dadi knows version {VERSION}", hint=OTHER_VERSION)
     if manifest.subject is None:
         raise Malformed("an index artifact without a subject")
     said = manifest.annotations
     if said.get(A_VERSION) != str(VERSION):
-        raise Unsupported(f"an index artifact of version {said.get(A_VERSION, '')[:20]!r}; known is {VERSION}")
+        version = said.get(A_VERSION, "")[:20]
+        raise Unsupported(f"an index artifact of version {version!r}; known is {VERSION}", hint=OTHER_VERSION)
     size = said.get(A_CHUNK_SIZE, "")
     if not size.isascii() or not size.isdecimal() or not MIN_CHUNK_SIZE <= int(size[:12]) <= MAX_CHUNK_SIZE:
         raise Malformed(f"an index artifact with chunks of {size[:20]!r} bytes")

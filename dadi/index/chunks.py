@@ -14,6 +14,7 @@ from dadi import digest as digests
 from dadi.errors import DigestMismatch, Malformed
 
 MIN_CHUNK_SIZE, DEFAULT_CHUNK_SIZE, MAX_CHUNK_SIZE = 4 << 10, 256 << 10, 16 << 20
+OTHER_VERSION = "nodes and superpeers need versions of dadi that know each other's indexes: upgrade the older one"
 
 
 class ChunkTable(msgspec.Struct, frozen=True, array_like=True):

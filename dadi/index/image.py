@@ -16,7 +16,7 @@ import msgspec
 
 from dadi import digest as digests
 from dadi.errors import DadiError, Malformed, Unsupported
-from dadi.index.chunks import Blob, ChunkTable
+from dadi.index.chunks import OTHER_VERSION, Blob, ChunkTable
 
 MAGIC = b"DADIIMG1"
 VERSION = 1
@@ -109,7 +109,8 @@ def decode(data: bytes) -> ImageIndex:
     try:
         index = _decoder.decode(memoryview(data)[len(MAGIC) :])
         if index.version != VERSION:
-            raise Unsupported(f"an image index of version {index.version}; this dadi knows version {VERSION}")
+            text = f"an image index of version {index.version}; this dadi knows version {VERSION}"
+            raise Unsupported(text, hint=OTHER_VERSION)
         for digest in (index.manifest_digest, index.config_digest, index.metadata.digest):
             digests.parse(digest)
         index.metadata.table.check()

@@ -18,7 +18,7 @@ from typing import Annotated
 import msgspec
 
 from dadi.errors import Malformed, TooLarge, Unsupported
-from dadi.index.chunks import ChunkTable
+from dadi.index.chunks import OTHER_VERSION, ChunkTable
 
 MAGIC = b"DADILYR1"
 VERSION = 1
@@ -144,7 +144,8 @@ def decode(data: bytes, room: Room | None = None) -> LayerIndex:
     try:
         unread = _decoder.decode(memoryview(data)[len(MAGIC) :])
         if unread.version != VERSION:
-            raise Unsupported(f"a layer index of version {unread.version}; this dadi knows version {VERSION}")
+            text = f"a layer index of version {unread.version}; this dadi knows version {VERSION}"
+            raise Unsupported(text, hint=OTHER_VERSION)
         unread.table.check()
         entries = _entries(unread.entries, unread.table.size, room)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

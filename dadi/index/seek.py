@@ -30,7 +30,7 @@ from isal import isal_zlib
 
 from dadi import digest as digests
 from dadi.errors import InvalidRequest, Malformed, TooLarge, Unsupported
-from dadi.index.chunks import Blob, ChunkTable
+from dadi.index.chunks import OTHER_VERSION, Blob, ChunkTable
 from dadi.index.decompress import MAX_ZSTD_WINDOW
 
 MAGIC = b"DADISEK1"
@@ -205,7 +205,8 @@ def decode(data: bytes, max_size: int = MAX_SIZE) -> SeekTable:
     try:
         version = _head_decoder.decode(body).version
         if version != VERSION:
-            raise Unsupported(f"a seek table of version {version}; this dadi knows version {VERSION}")
+            text = f"a seek table of version {version}; this dadi knows version {VERSION}"
+            raise Unsupported(text, hint=OTHER_VERSION)
         count = _length(bytes(_uncounted_decoder.decode(body).points))
         if count > MAX_POINTS:
             raise TooLarge(f"a seek table of {count} points; the limit is {MAX_POINTS}")

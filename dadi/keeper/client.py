@@ -54,7 +54,7 @@ class KeeperProcess:
                 raise Unavailable(f"dadi-keeper did not start: {done.stderr.decode(errors='replace').strip()[-500:]}")
             return cls(path, _connected(path))
         except (OSError, subprocess.SubprocessError) as error:
-            raise Unavailable(f"starting dadi-keeper at {path}: {error}") from None
+            raise Unavailable(f"dadi-keeper cannot be started at {path}: {error}") from None
 
     @property
     def fd(self) -> int:

@@ -170,7 +170,7 @@ async def inspecting(node: Node, image: str, platform: str, files: bool) -> Asyn
         else:
             yield event
     if answer is None:
-        raise Malformed(f"the superpeer did not say what {image} is")
+        raise Malformed(f"the superpeer did not say what {image} is", hint="its log may; are the versions alike?")
     index = await node.mounts.metadata.index(answer)
     yield {"event": "image", **msgspec.structs.asdict(answer), "config_digest": index.config_digest,
            "compressed_bytes": index.layers_size, "unpacked_bytes": index.unpacked_size,

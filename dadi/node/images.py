@@ -153,7 +153,8 @@ class NodeImages:
                 answer = self._images[key].answer
                 index = await self._index(key, answer)
                 if not 0 < layers <= len(index.layers):
-                    raise Conflict(f"{answer.reference} has {len(index.layers)} layers, not {layers}")
+                    hint = "remove its containers and the image, then pull it again"
+                    raise Conflict(f"{answer.reference} has {len(index.layers)} layers, not {layers}", hint=hint)
                 await asyncio.to_thread(directory.mkdir, parents=True, exist_ok=True)
                 await self._mounts.ensure(answer, str(directory), 0 if layers == len(index.layers) else layers)
         except NotFound as error:
@@ -221,7 +222,7 @@ class NodeImages:
         async for event in self._upstream.resolve(str(ref), self._platform):
             if event.get("event") == "image":
                 return image_answer(event)
-        raise Malformed(f"the superpeer did not say what {ref} is")
+        raise Malformed(f"the superpeer did not say what {ref} is", hint="its log may; are the versions alike?")
 
     async def _remember(self, key: str, answer: ImageAnswer) -> None:
         """Have all here and held that a reboot without upstream will need, and the record on disk; else nothing."""

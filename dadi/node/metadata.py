@@ -50,7 +50,8 @@ class Metadata:
         data = await self._upstream.whole(answer.index_digest, answer.index_size)
         index = image_index.decode(data)
         if index.manifest_digest != answer.manifest_digest:
-            raise Malformed(f"the index {answer.index_digest} is of another image than {answer.manifest_digest}")
+            hint = "are superpeer and node of the same version? the superpeer's log says where the index is from"
+            raise Malformed(f"the index {answer.index_digest} is not of the image {answer.manifest_digest}", hint=hint)
         try:
             await self._store.put(data)
         except DadiError as error:

@@ -119,7 +119,8 @@ class Mounts:
             else:
                 yield event
         if answer is None:
-            raise Malformed(f"the superpeer did not say what {reference} is")
+            hint = "its log may; are the versions alike?"
+            raise Malformed(f"the superpeer did not say what {reference} is", hint=hint)
         yield {"event": "progress", "stage": "fetching metadata"}
         # A task of our own: a client that goes away in the middle must not leave half a mount.
         mount = await asyncio.shield(self._task(self._make(MountRecord(directory, answer))))
@@ -138,7 +139,8 @@ class Mounts:
         mount = self._mounts.get(directory)
         if mount is not None:
             if (mount.record.answer.index_digest, mount.record.layers) != (answer.index_digest, layers):
-                raise Conflict(f"{mount.record.answer.reference} is mounted at {directory} already")
+                raise Conflict(f"{mount.record.answer.reference} is mounted at {directory} already",
+                               hint="`dadi umount` it, if nobody needs it there")  # fmt: skip
             if await self._stands(mount.record):
                 return
         mount = await asyncio.shield(self._task(self._ensured(MountRecord(directory, answer, layers=layers))))
@@ -172,7 +174,8 @@ class Mounts:
         """Mount anew what could not be restored; raise its error if it still cannot be."""
         if not await self._restore(record):
             _, why = self._lost[record.directory]
-            raise Unavailable(f"{record.answer.reference} cannot be mounted at {record.directory}: {why}")
+            hint = f"it is tried again every {_RETRY_EVERY:.0f} s"
+            raise Unavailable(f"{record.answer.reference} cannot be mounted at {record.directory}: {why}", hint=hint)
         self._lost.pop(record.directory, None)
         return self._mounts[record.directory]
 

@@ -1,7 +1,7 @@
 """The node, put together: the composition root. What everything is made of and in which order it starts and stops.
 
-Only this file knows all parts; with `devices.py`, which gives files to it, it alone in `dadi/` imports `fuse`, and it
-alone imports `superpeer`, to embed one where none is configured. The registry proxy is put together in `proxying.py`.
+Only this file knows all parts. It alone imports `superpeer`, to embed one where none is configured; `fuse` is used
+by `devices.py`, which gives it files, and by `handover.py` too. The registry proxy is put together in `proxying.py`.
 
 Longer than most files here: this is where the parts of a node meet.
 """
@@ -83,7 +83,9 @@ class EmbeddedSuperpeer:
         """See `Upstream`."""
         data = await self._superpeer.store.get(digest)
         if await asyncio.to_thread(digests.of, data) != digest:
-            raise DigestMismatch(f"{digest} in the store is not what its digest says", source="embedded superpeer")
+            hint = "check the disk; `dadi verify` throws away what is damaged"
+            raise DigestMismatch(f"{digest} in the store is not what its digest says", source="embedded superpeer",
+                                 hint=hint)  # fmt: skip
         return data
 
     def statistics(self) -> list[dict[str, Any]]:

@@ -55,13 +55,15 @@ def free(run: Path, directory: str) -> None:
     path = os.path.join(os.path.realpath(os.path.dirname(directory)), os.path.basename(directory))
     there = kernel.mounted_at(path)
     if there is None:
-        raise NotFound(f"nothing is mounted at {path}")
+        raise NotFound(f"nothing is mounted at {path}", hint="findmnt -t erofs lists the images that are")
     if there.kind != "erofs" or not _is_ours(run, loop.backing_file(there.source) or ""):
-        raise Conflict(f"what is mounted at {path} is not this node's: {there.kind} of {there.source}")
+        hint = "umount(8) takes it away; another node's: name that one with --node-socket"
+        raise Conflict(f"what is mounted at {path} is not this node's: {there.kind} of {there.source}", hint=hint)
     try:
         Released(run).add(path)
     except OSError as error:
-        raise Unavailable(f"cannot leave word for the next dadi-node in {run}: {error.strerror}") from None
+        hint = "run as root; without it the next dadi-node would mount the image again"
+        raise Unavailable(f"cannot leave word for the next dadi-node in {run}: {error.strerror}", hint=hint) from None
     try:
         _detach(path, there.id)
     except DadiError:

@@ -72,4 +72,4 @@ async def _resolved(node: Node, image: str, platform: str) -> ImageAnswer:
         async for event in events:
             if event.get("event") == "image":
                 return image_answer(event)
-    raise Malformed(f"the superpeer did not say what {image} is")
+    raise Malformed(f"the superpeer did not say what {image} is", hint="its log may; are the versions alike?")

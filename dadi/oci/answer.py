@@ -97,7 +97,8 @@ class Answer:
         self._came += len(piece)
         if self._waited >= self._patience:
             if piece and self._came < _SLOWEST * self._waited:
-                raise Unavailable(f"{self.host} sent {self._came} bytes in {self._waited:.0f} s")
+                told = f"{self.host} sent {self._came} bytes in {self._waited:.0f} s"
+                raise Unavailable(told, hint="too slow: it is asked anew")
             self._waited, self._came = 0.0, 0
         return piece
 
@@ -125,7 +126,7 @@ class Answer:
             hint = f"log in to it with `docker login {registry}`, or check that the name is right"
             return AccessDenied(sentence, hint=hint)
         if self.status in (404, 410):
-            return NotFound(sentence)
+            return NotFound(sentence, hint="is the name right, and is it still there?")
         if self.status in (408, 425, 429) or self.status >= 500:
             after = parse_retry_after(self.headers.get("Retry-After"), self._clock.wall())
             return Unavailable(sentence, retry_after=after)

@@ -41,6 +41,7 @@ _ROUNDS = 2
 _MAX_GRANTS = 1000
 _MAX_TOKEN_ANSWER = 1 << 20
 _DEFAULT_LIFETIME = 60.0
+_NO_TOKEN = "is that the registry's token service, or a login page before it?"
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 
 
@@ -214,10 +215,10 @@ class Authenticator:
         try:
             found = msgspec.json.decode(body, type=_TokenAnswer)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            raise Malformed(f"{what}: {answer.host} answers something that is not a token") from None
+            raise Malformed(f"{what}: {answer.host} answers something that is not a token", hint=_NO_TOKEN) from None
         token = found.token or found.access_token or ""
         if not _TOKEN.fullmatch(token):
-            raise Malformed(f"{what}: {answer.host} answers something that is not a token")
+            raise Malformed(f"{what}: {answer.host} answers something that is not a token", hint=_NO_TOKEN)
         lifetime = found.expires_in
         return token, lifetime if lifetime is not None and 0 < lifetime < math.inf else _DEFAULT_LIFETIME
 

@@ -150,7 +150,8 @@ class DockerCredentials:
                 data = file.read(_MAX_FILE + 1)
         except FileNotFoundError:
             if self._must_exist:
-                raise ConfigError(f"registry.docker_config: {self._path} does not exist") from None
+                hint = "`docker login` makes one; \"\" takes the usual place, if it is there"
+                raise ConfigError(f"registry.docker_config: {self._path} does not exist", hint=hint) from None
             return _File()
         except OSError as error:
             raise ConfigError(f"the Docker configuration {self._path} cannot be read: {error.strerror}") from None

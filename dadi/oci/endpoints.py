@@ -204,7 +204,8 @@ class Turns:
         try:
             await self._patience.spend(error)
         except DadiError as final:
-            if self._mirror_errors and final.hint is None:
-                final.hint = "; ".join(f"mirror {host}: {said}" for host, said in self._mirror_errors.items())
+            said = [f"mirror {host}: {what}" for host, what in self._mirror_errors.items()]
+            if said and said[0] not in (final.hint or ""):
+                final.hint = "; ".join(([final.hint] if final.hint else []) + said)
             raise
         self._table.retried()

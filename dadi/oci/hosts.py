@@ -90,7 +90,8 @@ class Hosts:
         name, port = split_host(registry)
         if not any(pattern.matches(name, port) for pattern in self._patterns):
             raise RegistryNotAllowed(
-                f"registry {registry} is not among the allowed ones", hint="add it to registry.allowed"
+                f"registry {registry} is not among the allowed ones",
+                hint="add it to registry.allowed, of who asks it: superpeer, proxy, or a node without superpeers",
             )
         self._check_place(name, port)
 

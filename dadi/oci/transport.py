@@ -36,6 +36,7 @@ _SETTLES_AT = 10 << 20
 """Bytes a second at which a registry puts away what it was sent, before it answers: some copy it once more."""
 _ASSUMED = 1 << 30
 """Bytes of a body whose size nobody has said."""
+_REACHABLE = "is it up, and reachable from here?"
 _SMALL = 64 << 10
 """Bytes of an unread rest that are read so that the connection can be used again; above, it is closed."""
 
@@ -188,22 +189,26 @@ class Transport:
                 )
             case aiohttp.ClientConnectorSSLError() if "WRONG_VERSION_NUMBER" in str(error.os_error):
                 return ConfigError(
-                    f"{host} does not speak TLS", hint="if it is meant to, name it in registry.plain_http"
+                    f"{host} does not speak TLS", hint="if plain HTTP is meant, name it in registry.plain_http"
                 )
             case aiohttp.ConnectionTimeoutError():
-                return Unavailable(f"no connection to {host} within {config.connect_timeout:g} s")
+                return Unavailable(f"no connection to {host} within {config.connect_timeout:g} s", hint=_REACHABLE)
             case TimeoutError():
-                return Unavailable(f"{host} sent nothing for {config.read_timeout:g} s")
+                hint = "it is slow, or hangs; registry.read_timeout is how long it may"
+                return Unavailable(f"{host} sent nothing for {config.read_timeout:g} s", hint=hint)
             case aiohttp.ClientConnectorDNSError():
-                return Unavailable(f"the name {host} cannot be looked up")
+                hint = "is the name right, and does the name service answer here?"
+                return Unavailable(f"the name {host} cannot be looked up", hint=hint)
             case OSError():
-                return Unavailable(f"no connection to {host}: {error.strerror or type(error).__name__}")
+                why = error.strerror or type(error).__name__
+                return Unavailable(f"no connection to {host}: {why}", hint=_REACHABLE)
             case aiohttp.ClientPayloadError():
                 return Unavailable(f"{host} cut its answer off")
             case aiohttp.ServerDisconnectedError():
                 return Unavailable(f"{host} closed the connection")
             case aiohttp.ClientResponseError():
-                return Unavailable(f"{host} does not speak HTTP as it should")
+                hint = "is it a registry, and the port right?"
+                return Unavailable(f"{host} does not speak HTTP as it should", hint=hint)
             case _:
                 return Unavailable(f"the request to {host} failed: {type(error).__name__}")
 

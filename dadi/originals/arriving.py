@@ -129,7 +129,8 @@ class Arriving:
         if self.error is not None:
             raise self.error
         if blob is None:
-            raise Unavailable(f"{self.digest} was not kept", hint="ask again")
+            hint = "ask again; is store.limit too small?"
+            raise Unavailable(f"blob {self.digest} came, and the store has it no more", hint=hint)
         return Whole(self._store, blob)
 
     async def head(self, offset: int, most: int) -> bytes:
@@ -171,7 +172,7 @@ class Arriving:
             log.warning("a blob did not arrive", blob=self.digest, why=error.message)
             self._fail(error)
         except BaseException as error:
-            self._fail(Unavailable(f"{self.digest} was broken off"))
+            self._fail(Unavailable(f"the fetch of blob {self.digest} was broken off", hint="ask again"))
             if isinstance(error, Exception):
                 await asyncio.to_thread(log.error, "a fault of ours", blob=self.digest, exc_info=error)
                 return
@@ -214,7 +215,7 @@ class Arriving:
 
     def _ended(self) -> None:
         if not self.verified and self.error is None:  # cancelled before it began
-            self._fail(Unavailable(f"{self.digest} was broken off"))
+            self._fail(Unavailable(f"the fetch of blob {self.digest} was broken off", hint="ask again"))
         self._close_if_unused()
         self._tell()
 

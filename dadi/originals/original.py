@@ -166,7 +166,7 @@ class Passing:
                         yield Part(-1, 0, len(held), held)
                     held = wanted
         if at != self.size or "sha256:" + found.hexdigest() != self._digest:
-            raise DigestMismatch(f"{self._digest} is not what its digest says", hint="ask again: another may have it")
+            raise DigestMismatch(f"what came for {self._digest} is not that blob", hint="ask again: others may have it")
         self._on_verified()
         yield Part(-1, 0, len(held), held)
 
@@ -249,6 +249,7 @@ async def whole_of(original: Original) -> AsyncGenerator[bytes, None]:
             while at < end:
                 piece = await asyncio.to_thread(os.pread, part.fd, min(1 << 20, end - at), at)
                 if not piece:
-                    raise DadiError(f"{original!r} is shorter than it says")
+                    hint = "`dadi verify` throws away what is damaged"
+                    raise DadiError(f"{original!r} is shorter than it says", hint=hint)
                 yield piece
                 at += len(piece)

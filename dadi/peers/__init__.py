@@ -1,1 +1,1 @@
-"""Other machines of ours: the superpeer, and (by and by) peers."""
+"""Other machines of ours, superpeers and nodes: whom to ask for what, what to give to whom, and who may have it."""

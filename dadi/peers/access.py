@@ -152,7 +152,7 @@ class Access:
         async with http.request(self._session, "GET", where, what, params=parameters, headers=headers) as response:
             granted = await _decoded(response, _Granted, where)
         if not granted.tokens:
-            raise NotFound(f"{where} gives no token for {image.reference}")
+            raise NotFound(f"{where} gives no token for {image.reference}", hint="are the versions alike?")
         return granted
 
     async def fetch_keys(self, url: str) -> PublicKeys:
@@ -172,7 +172,7 @@ async def _decoded(response: aiohttp.ClientResponse, kind: type[T], where: str) 
     async for piece in response.content.iter_any():
         data += piece
         if len(data) > key_format.MAX_ANSWER:
-            raise Malformed(f"{where} answers with more than {key_format.MAX_ANSWER} bytes")
+            raise Malformed(f"{where} answers with more than {key_format.MAX_ANSWER} bytes", hint="is it a superpeer?")
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

@@ -40,6 +40,7 @@ AT_MOST, WHILE = 3, 15.0
 KEEP = 2 * 86400.0
 """Seconds for which the keys of a superpeer that is gone are kept: a token lives a day by default."""
 MAX_ANSWER = 1 << 20
+REVOKED = "STATE/keys/revoked of a superpeer has it, or its key; who has a right to the image mounts it anew"
 _MOST_KEYS = 64
 _MOST_KNOWN = 256
 """Superpeers whose word is kept, with those that are gone."""
@@ -116,7 +117,7 @@ class KnownKeys:
     def check_not_revoked(self, token: Token) -> None:
         """See `KeySource`."""
         if {token.id, token.key} & self.revoked or token.not_before < self.not_before.get(token.key, 0):
-            raise TokenRefused("the token was revoked")
+            raise TokenRefused("the token was revoked", hint=REVOKED)
 
 
 Fetch = Callable[[str], Awaitable[PublicKeys]]
@@ -182,7 +183,8 @@ class Keys:
         for known in self._known.values():
             known.check_not_revoked(token)
         if self.find(token.key) is None:
-            raise TokenRefused("the token was signed with a key that is no longer in use")
+            hint = "the node gets a new one from its superpeer by itself; if it does not, look into its log"
+            raise TokenRefused("the token was signed with a key that is no longer in use", hint=hint)
 
     async def ask_for(self, key: str) -> None:
         """See `KeySource`."""

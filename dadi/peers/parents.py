@@ -1,6 +1,6 @@
 """The node's upstream: its parents in the blob's tree, then the superpeers. A `Source` of verified chunks.
 
-    read ──► wait (0.3 s at most) for the blob's place ──► a flight for each chunk (`asking.py`) ──► chunks
+    read ──► wait (2 s at most) for the blob's place ──► a flight for each chunk (`asking.py`) ──► chunks
 
 Of one another the parts know this: `membership.py` joins and beats, `asking.py` drives the choice of whom to ask,
 `pipe.py` sends to one upstream, `line.py` is one request, `server.py` answers those of others. Without peers

@@ -36,7 +36,8 @@ def header(credentials: Credentials | None) -> dict[str, str]:
     else:
         return {}
     if len(value) > MAX or not _FORM.fullmatch(value):
-        raise InvalidRequest("registry credentials that are too long, or have characters that no header has")
+        what = "registry credentials that are too long, or have characters that no header has"
+        raise InvalidRequest(what, hint=f"at most {MAX} characters with their encoding; log in anew")
     return {HEADER: value}
 
 

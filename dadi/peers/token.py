@@ -148,7 +148,7 @@ def verify(text: str, find: Callable[[str], Ed25519PublicKey | None]) -> Token:
     try:
         key.verify(data[len(body) :], _SIGNED + body)
     except InvalidSignature:
-        raise TokenRefused("the token's signature is not right") from None
+        raise TokenRefused("the token's signature is not right", hint="damaged, or made by somebody else") from None
     return token
 
 

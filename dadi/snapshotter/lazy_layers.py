@@ -66,7 +66,8 @@ class LazyLayers:
         request = request_in(labels)
         try:
             if request is None:
-                raise Unsupported("the client does not say of which image it is")
+                hint = "its configuration of dadi is not in force? `dadi doctor`; for `ctr`: `dadi pull`"
+                raise Unsupported("containerd does not say of which image it is", hint=hint)
             image = await self._resolved(request)
             found = _layer_of(image, chain_id, bool(parent), below, request)
         except DadiError as error:
@@ -93,7 +94,8 @@ class LazyLayers:
             async with asyncio.timeout(since + PATIENCE - self._clock()):
                 return await self._resolving.join(asked, work)
         except TimeoutError:
-            raise Unavailable(f"its image is still not resolved after {PATIENCE:.0f} s") from None
+            hint = "`dadi status` says for what superpeer and registry it waits; pull again when they answer"
+            raise Unavailable(f"its image is still not resolved after {PATIENCE:.0f} s", hint=hint) from None
 
     def refused(self, chain_id: str, why: str, request: Request | None = None) -> None:
         """Note that a layer becomes an ordinary one."""

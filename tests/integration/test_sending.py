@@ -112,7 +112,8 @@ async def test_a_file_that_is_shorter_than_it_should_be_cuts_the_answer_off(file
             assert len(await reader.read(SIZE + 1)) <= SIZE
             while await reader.read(1 << 20):
                 pass
-        assert (await ended.get()).startswith("DadiError: the file is shorter"), "our own fault, not the reader's"
+        ours = "DadiError: a blob's file in the store is shorter"
+        assert (await ended.get()).startswith(ours), "our own fault, not the reader's"
         writer.close()
 
 

@@ -46,5 +46,22 @@ def test_every_make_verb_that_is_named_exists() -> None:
 
 def test_the_layout_that_architecture_describes_is_there() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text()
-    for path in re.findall(r"`((?:dadi|superpeer|fuse|tests)/[\w/]+\.py)`", text):
+    for path in re.findall(r"`((?:dadi|superpeer|registry_proxy|fuse|tests)/[\w/]+\.py)`", text):
         assert (ROOT / path).exists(), path
+
+
+def test_every_module_is_on_the_code_map() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    (code_map,) = re.findall(r"^## Code map\n.*?^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    folder, said = "", dict[str, str]()
+    for line in code_map.splitlines():
+        if found := re.match(r"( *)(\w+)/ ", line):
+            folder = f"dadi/{found[2]}" if found[1] else found[2]
+        said[folder] = said.get(folder, "") + " " + line
+    modules = [
+        path.relative_to(ROOT)
+        for name in ("dadi", "superpeer", "registry_proxy", "fuse")
+        for path in (ROOT / name).rglob("*.py")
+        if not path.stem.startswith("__") and "_pb2" not in path.stem
+    ]
+    assert not [str(path) for path in modules if not re.search(rf"\b{path.stem}\b", said.get(str(path.parent), ""))]
