@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import mmap
 import os
@@ -206,8 +207,9 @@ async def test_present_bytes_that_are_not_in_memory_are_read_from_disk_by_anothe
 ) -> None:
     file = mounted.add()
     os.fsync(file.fd)
-    # not fadvise alone: pages that a processor has still to put on the kernel's lists stay where they are
-    Path("/proc/sys/vm/drop_caches").write_text("1\n")
+    # Not once: pages that a processor has still to put on the kernel's lists stay where they are.
+    while in_memory(file.fd):
+        Path("/proc/sys/vm/drop_caches").write_text("1\n")
     readers = set()
     read_cold = device.read_cold
 
@@ -510,6 +512,21 @@ async def test_a_mounted_file_system_is_swapped_to_the_local_file_and_outlives_t
             await in_thread(lambda: kernel.umount(target, detach=True))
     finally:
         await in_thread(attached.close)
+
+
+def in_memory(fd: int) -> bool:
+    """Whether any page of a file is in memory; a read that must not wait would have some brought there."""
+    with mmap.mmap(fd, 0, mmap.MAP_PRIVATE) as view:
+        pages = ctypes.create_string_buffer(-(-len(view) // mmap.PAGESIZE))
+        start = ctypes.c_char.from_buffer(view)
+        try:
+            failed = ctypes.CDLL(None, use_errno=True).mincore(
+                ctypes.byref(start), ctypes.c_size_t(len(view)), pages
+            )
+            assert not failed, os.strerror(ctypes.get_errno())
+        finally:
+            del start
+        return any(page & 1 for page in pages.raw)
 
 
 def drop_caches() -> None:
