@@ -36,8 +36,6 @@ class Hanging:
         # Connections of its own: those of the requests may all be in use, by requests that wait.
         self._session = http.client(connect=PATIENCE, read=PATIENCE, tls=tls)
         self._looks: dict[str, asyncio.Task[bool]] = {}
-        self.found = 0
-        """Requests that were given up."""
 
     @contextlib.asynccontextmanager
     async def watched(self, url: str, *, first: bool = False) -> AsyncIterator[None]:
@@ -65,7 +63,6 @@ class Hanging:
         except TimeoutError:
             if not limit.expired():
                 raise
-            self.found += 1
             text = f"{url} hangs: it takes requests, and does not answer whether it is well for {PATIENCE:g} s"
             raise Unreachable(text, hint="is its process stopped, or its machine out of memory?") from None
         finally:

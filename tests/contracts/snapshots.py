@@ -4,7 +4,7 @@ snapshotters checks, and what its proxy needs besides.
 Inherit from `SnapshotsContract` (metadata), and as root from `SnapshotFilesContract` (what is in the mounts); give a
 fixture `client`, of a snapshotter with nothing in it. containerd's own overlayfs passes them too
 (tests/system/test_snapshotter_containerd.py): what they ask for is containerd's behaviour and not our idea of it.
-One contract, hence one file of more than 400 lines.
+Longer than 400 lines: it is one contract.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ AWAY = Unavailable("the registry is away")
 
 
 def job(name: str, *, registry: int = 0, state: State = State.RESOLVING, **fields: object) -> Job:
-    request = canonical(Request(name, "linux/amd64", **fields))  # type: ignore[arg-type]
+    request = canonical(Request(name, "linux/amd64", **fields))
     return Job(id=job_id(request), request=request, registry=registry, state=state)
 
 
