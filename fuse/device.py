@@ -74,7 +74,7 @@ class BackedFile(Protocol):
         ...
 
 
-class Node:
+class ServedFile:
     """A file as the kernel knows it. Closes its descriptor when the last user is gone."""
 
     __slots__ = ("failed", "fd", "file", "flags", "id", "name", "present", "shift", "size", "touched")
@@ -104,8 +104,8 @@ class Device:
 
     def __init__(self, max_read: int) -> None:
         self.max_read = max_read
-        self._nodes: dict[int, Node] = {}
-        self._names: dict[str, Node] = {}
+        self._nodes: dict[int, ServedFile] = {}
+        self._names: dict[str, ServedFile] = {}
 
     def __repr__(self) -> str:
         return f"Device({len(self._nodes)} files)"
@@ -113,7 +113,7 @@ class Device:
     def __len__(self) -> int:
         return len(self._names)
 
-    def add(self, file: BackedFile) -> Node:
+    def add(self, file: BackedFile) -> ServedFile:
         """Make a file readable; a name that was failed or removed works again, also for those who still have it open.
 
         Raises InvalidRequest for a file that is not what `BackedFile` says, Conflict for a name or id that is taken.
@@ -127,18 +127,18 @@ class Device:
         if other is not None and other.name != file.name:
             raise Conflict(f"the FUSE mount has {other.name}, whose node id is that of {file.name}",
                            hint="unmount the image that has it first")  # fmt: skip
-        node = Node(node_id, file)
+        node = ServedFile(node_id, file)
         self._nodes[node.id] = self._names[node.name] = node
         return node
 
-    def fail(self, name: str) -> Node | None:
+    def fail(self, name: str) -> ServedFile | None:
         """Let reads that miss fail from now on; hits go on. None if there is no such file."""
         node = self._names.get(name)
         if node is not None:
             node.failed = True
         return node
 
-    def remove(self, name: str) -> Node | None:
+    def remove(self, name: str) -> ServedFile | None:
         """Forget a file; None if there is none. A read that has begun may still take bytes from the local file."""
         node = self._names.pop(name, None)
         if node is not None:
@@ -150,7 +150,7 @@ class Device:
         """Return the ids of all files."""
         return list(self._nodes)
 
-    def find(self, node_id: int) -> Node | None:
+    def find(self, node_id: int) -> ServedFile | None:
         """Return the file that has this id; None if it was removed."""
         return self._nodes.get(node_id)
 
@@ -247,7 +247,7 @@ def id_of(name: str) -> int:
     return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") >> 3 | 1 << 61
 
 
-async def fetch(node: Node, offset: int, length: int) -> bytes:
+async def fetch(node: ServedFile, offset: int, length: int) -> bytes:
     """Return a range of a file (clipped, not empty) some of whose chunks are missing; raise a DadiError."""
     data = await node.file.read(offset, length)
     if len(data) != length:
@@ -255,7 +255,7 @@ async def fetch(node: Node, offset: int, length: int) -> bytes:
     return data
 
 
-def read_cold(node: Node, offset: int, length: int) -> bytearray:
+def read_cold(node: ServedFile, offset: int, length: int) -> bytearray:
     """Return a range that is present (clipped, not empty), waiting for the disk; raise Malformed if it is short."""
     data, got = bytearray(length), 0
     view = memoryview(data)

@@ -46,7 +46,7 @@ class _Waiting:
 
     __slots__ = ("node", "since", "task")
 
-    def __init__(self, node: device.Node) -> None:
+    def __init__(self, node: device.ServedFile) -> None:
         self.node = node
         self.since = time.monotonic()
         self.task: asyncio.Task[None] | None = None
@@ -282,7 +282,7 @@ class Session:
         else:
             self._miss(unique, node, offset, length)
 
-    def _miss(self, unique: int, node: device.Node, offset: int, length: int) -> None:
+    def _miss(self, unique: int, node: device.ServedFile, offset: int, length: int) -> None:
         self._count(misses=1)
         # First known, then checked; `abort` does it the other way round: one of the two sees the other.
         waiting = self._pending[unique] = _Waiting(node)
@@ -312,7 +312,7 @@ class Session:
         except Exception:
             log.exception("failing a FUSE request failed")
 
-    def _read_cold(self, unique: int, node: device.Node, offset: int, length: int) -> None:
+    def _read_cold(self, unique: int, node: device.ServedFile, offset: int, length: int) -> None:
         try:
             data = device.read_cold(node, offset, length)
         except Exception as error:  # the disk's fault: others have these bytes, too
@@ -326,7 +326,7 @@ class Session:
         if self._pending.get(unique) is waiting:
             waiting.task = self._loop.create_task(self._fetch(unique, waiting.node, offset, length))
 
-    async def _fetch(self, unique: int, node: device.Node, offset: int, length: int) -> None:
+    async def _fetch(self, unique: int, node: device.ServedFile, offset: int, length: int) -> None:
         try:
             data = await device.fetch(node, offset, length)
         except asyncio.CancelledError:
@@ -359,7 +359,7 @@ class Session:
             with contextlib.suppress(RuntimeError):  # the loop is closed: it has cancelled its tasks
                 self._loop.call_soon_threadsafe(task.cancel)
 
-    def _fail(self, node: device.Node) -> None:
+    def _fail(self, node: device.ServedFile) -> None:
         for unique, waiting in list(self._pending.items()):
             if waiting.node.id == node.id:
                 self._finish(unique, device.FAILED)

@@ -44,7 +44,7 @@ from dadi.originals.config import FrontConfig
 from dadi.originals.documents import Document
 from registry_proxy import paths
 from registry_proxy.paths import Kind, Route
-from registry_proxy.upstream import Upstream
+from registry_proxy.upstream import ProxyUpstream
 
 log = structlog.get_logger()
 _VERSION = {"Docker-Distribution-API-Version": "registry/2.0"}
@@ -62,7 +62,7 @@ Forward = Callable[[web.Request, Reference, Route], Awaitable[web.StreamResponse
 class Front:
     """The handler of all requests; see the head of this file."""
 
-    def __init__(self, config: FrontConfig, upstream: Upstream, forward: Forward) -> None:
+    def __init__(self, config: FrontConfig, upstream: ProxyUpstream, forward: Forward) -> None:
         """Raises InvalidRequest if `config.upstream` is no registry."""
         self._config = config
         self._default = parse_registry(config.upstream)
@@ -162,7 +162,7 @@ class Front:
         return web.Response(body=document.raw, headers=headers)
 
 
-def create(front: Front, upstream: Upstream, fallbacks: Fallbacks) -> web.Application:
+def create(front: Front, upstream: ProxyUpstream, fallbacks: Fallbacks) -> web.Application:
     """Return the application."""
     app = web.Application(client_max_size=1 << 20, handler_args={"max_field_size": _MAX_HEADER})
     app.on_response_prepare.append(http.mark_begun)

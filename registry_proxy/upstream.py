@@ -5,7 +5,7 @@
     Superpeers   `dadi/originals/client.py`: the superpeer asks the registry, checks who may, and keeps; blobs come
                  chunk by chunk where it knows their chunk tables, else as a stream, into a store of this proxy's own
 
-All are an `Upstream`, so that the HTTP (`app.py`) does not know which it is.
+All are an `ProxyUpstream`, so that the HTTP (`app.py`) does not know which it is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dadi.originals.original import Original
 from dadi.originals.service import Originals
 
 
-class Upstream(Protocol):
+class ProxyUpstream(Protocol):
     """What the proxy needs. All methods raise errors of the tree: LoginRequired where other credentials are wanted."""
 
     async def manifest(self, ref: Reference, caller: Caller) -> Document:
@@ -72,35 +72,35 @@ class Shared:
         return f"{type(self).__name__}({self.originals!r})"
 
     async def manifest(self, ref: Reference, caller: Caller) -> Document:
-        """See `Upstream`."""
+        """See `ProxyUpstream`."""
         return await self.originals.manifest(ref, caller)
 
     async def tags(self, ref: Reference, parameters: dict[str, str], caller: Caller) -> Document:
-        """See `Upstream`."""
+        """See `ProxyUpstream`."""
         return await self.originals.tags(ref, parameters, caller)
 
     async def referrers(self, ref: Reference, artifact_type: str, caller: Caller) -> Document:
-        """See `Upstream`."""
+        """See `ProxyUpstream`."""
         return await self.originals.referrers(ref, artifact_type, caller)
 
     async def blob(self, ref: Reference, digest: str, caller: Caller) -> Original:
-        """See `Upstream`."""
+        """See `ProxyUpstream`."""
         return await self.originals.blob(ref, digest, caller)
 
     async def changed(self, ref: Reference) -> None:
-        """See `Upstream`."""
+        """See `ProxyUpstream`."""
         self.originals.changed(ref)
 
     async def challenge(self, registry: str) -> str | None:
-        """See `Upstream`."""
+        """See `ProxyUpstream`."""
         return await self.originals.challenge(registry)
 
     def statistics(self) -> dict[str, Any]:
-        """See `Upstream`."""
+        """See `ProxyUpstream`."""
         return {"originals": self.originals.statistics(), "registry": self.registry.statistics()}
 
     async def close(self) -> None:
-        """See `Upstream`."""
+        """See `ProxyUpstream`."""
 
 
 class Direct(Shared):
@@ -116,6 +116,6 @@ class Direct(Shared):
         await self.originals.start()
 
     async def close(self) -> None:
-        """See `Upstream`."""
+        """See `ProxyUpstream`."""
         await self.originals.close()
         await self.registry.close()

@@ -33,7 +33,7 @@ from dadi.index import image as image_index
 from dadi.index import layer as layer_index
 from dadi.index import seek
 from dadi.index.image import MAX_LAYERS, ImageIndex, ImageLayer
-from dadi.index.layer import Room
+from dadi.index.layer import DecodeRoom
 from dadi.oci import platforms
 from dadi.oci.manifest import Descriptor
 from dadi.oci.reference import Reference
@@ -52,7 +52,7 @@ Read = Callable[[str, int], Awaitable[bytes]]
 """(digest, size) → a whole small blob, verified."""
 
 
-class Told(msgspec.Struct, frozen=True):
+class SiblingOrigin(msgspec.Struct, frozen=True):
     """What a superpeer answers to `GET /v1/blobs/{digest}/origin`: an image that it knows the blob from.
 
     `whole`: all of the blob is in its store. `shown`: the places of the layers that the repository has shown, to it, to
@@ -70,12 +70,12 @@ class Told(msgspec.Struct, frozen=True):
     shown: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(max_length=MAX_LAYERS)] = ()
 
 
-def told_of(record: ImageRecord, index: ImageIndex, shown: ShownLayers, *, whole: bool) -> Told:
+def told_of(record: ImageRecord, index: ImageIndex, shown: ShownLayers, *, whole: bool) -> SiblingOrigin:
     """Return a record as it is told to siblings."""
     name = Reference.parse(record.reference).name
     layers = [Layer(name, layer.layer_digest, layer.diff_id) for layer in index.layers]
     places = tuple(place for place, layer in enumerate(layers) if shown.proof(layer) is Proof.HASHED)
-    return Told(**msgspec.structs.asdict(record), whole=whole, shown=places)
+    return SiblingOrigin(**msgspec.structs.asdict(record), whole=whole, shown=places)
 
 
 def has_blob(index: ImageIndex, digest: str) -> bool:
@@ -103,7 +103,7 @@ class Adopter:
         """Whether an image of ours has a blob."""
         return self._catalog.record_of(digest) is not None
 
-    async def adopt(self, told: Told, digest: str, read: Read, chunks: Source) -> None:
+    async def adopt(self, told: SiblingOrigin, digest: str, read: Read, chunks: Source) -> None:
         """Have the image that a sibling told of, because of `digest`, in the catalog. `chunks`: the sibling's store.
 
         Raises what reading raises; Malformed, TooLarge and the like if what it told makes no sense; StoreFull.
@@ -113,7 +113,7 @@ class Adopter:
         async with self._images:
             with contextlib.ExitStack() as holds:
                 index = await self._index(told, digest, read, holds)
-                room = Room()
+                room = DecodeRoom()
                 layers = {layer.index_digest: layer for layer in index.layers}
                 await together(self._layer(layer, read, room, holds) for layer in layers.values())
                 await self._metadata(index, chunks, holds)
@@ -126,7 +126,7 @@ class Adopter:
                     self._shown.add(reference, layer.layer_digest, layer.diff_id, Proof.HASHED)
                 await self._catalog.adopt(record)
 
-    async def _index(self, told: Told, digest: str, read: Read, holds: contextlib.ExitStack) -> ImageIndex:
+    async def _index(self, told: SiblingOrigin, digest: str, read: Read, holds: contextlib.ExitStack) -> ImageIndex:
         raw = await self._whole(told.index_digest, told.index_size, read)
         index = await asyncio.to_thread(image_index.decode, raw)
         if (index.manifest_digest, index.platform) != (told.manifest_digest, told.platform) or not (
@@ -145,7 +145,7 @@ class Adopter:
         holds.enter_context(self._store.hold(await self._store.put(raw)))
         return index
 
-    async def _layer(self, layer: ImageLayer, read: Read, room: Room, holds: contextlib.ExitStack) -> None:
+    async def _layer(self, layer: ImageLayer, read: Read, room: DecodeRoom, holds: contextlib.ExitStack) -> None:
         large = layer.index_size + layer.seek_size > _LARGE
         async with self._large if large else contextlib.nullcontext():
             encoded = await self._whole(layer.index_digest, layer.index_size, read)
@@ -155,7 +155,7 @@ class Adopter:
                 if data:
                     holds.enter_context(self._store.hold(await self._store.put(data)))
 
-    def _check_layer(self, layer: ImageLayer, encoded: bytes, raw: bytes, room: Room) -> None:
+    def _check_layer(self, layer: ImageLayer, encoded: bytes, raw: bytes, room: DecodeRoom) -> None:
         index = layer_index.decode(encoded, room)
         wanted = (layer.layer_digest, layer.layer_size, layer.diff_id, layer.table)
         if (index.layer_digest, index.layer_size, index.diff_id, index.table) != wanted:
@@ -187,10 +187,10 @@ class Adopter:
         return data
 
 
-def decode_told(data: bytes | bytearray) -> Told:
+def decode_told(data: bytes | bytearray) -> SiblingOrigin:
     """Return what a sibling told; raise Malformed if it is nothing of the kind."""
     try:
-        told = msgspec.json.decode(data, type=Told)
+        told = msgspec.json.decode(data, type=SiblingOrigin)
         digests.parse(told.index_digest)
         Reference.parse(told.reference)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, DadiError) as error:

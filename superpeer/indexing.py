@@ -28,7 +28,7 @@ from dadi.oci.reference import Reference
 from dadi.oci.registry import ResolvedImage
 from superpeer.catalog import Catalog
 from superpeer.origin import Origin
-from superpeer.referrers import Accepted, Referrers, is_final
+from superpeer.referrers import Accepted, ShippedIndexes, is_final
 
 Prove = Callable[[str, ImageLayer], Awaitable[bool]]
 """Checks all of a layer (in whose repository, which) that is here against its index from a registry; False: not all."""
@@ -51,7 +51,7 @@ class Progress(msgspec.Struct):
 class Indexer:
     """Makes image indexes. `referrers` is None where the registry's are not to be used."""
 
-    def __init__(self, store: DiskBlobs, catalog: Catalog, origin: Origin, referrers: Referrers | None,
+    def __init__(self, store: DiskBlobs, catalog: Catalog, origin: Origin, referrers: ShippedIndexes | None,
                  fallbacks: Fallbacks, prove: Prove) -> None:  # fmt: skip
         self._prove = prove
         self._store = store
@@ -82,7 +82,7 @@ class Indexer:
                     useless.add(accepted.digest)
         return await self.on_first_sight(reference, resolved, progress)
 
-    async def _of_artifact(self, referrers: Referrers, reference: Reference, resolved: ResolvedImage,
+    async def _of_artifact(self, referrers: ShippedIndexes, reference: Reference, resolved: ResolvedImage,
                            accepted: Accepted, progress: Progress) -> ImageIndex:  # fmt: skip
         progress.stage = "fetching the index"
         progress.layers = len(resolved.manifest.layers)

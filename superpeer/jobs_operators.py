@@ -111,7 +111,7 @@ class Operators:
         try:
             await self.load()
         except ConfigError as error:
-            self._fallbacks.note("operators as they were", error.message)
+            self._fallbacks.note("operators as they were", str(error))
         shown = headers.get(OPERATOR, "")
         if shown and len(shown) >= SHORTEST and self._knows(shown):
             return

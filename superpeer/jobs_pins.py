@@ -108,7 +108,7 @@ class Pins:
                 try:
                     self._take(job, pin.manifest)
                 except NotFound as error:
-                    self._superpeer.fallbacks.note("image not pinned", f"{job.request.reference}: {error.message}")
+                    self._superpeer.fallbacks.note("image not pinned", f"{job.request.reference}: {error}")
 
     def is_kept(self, job: Job) -> bool:
         """Whether anything of a job is held, or to be held still."""

@@ -67,7 +67,7 @@ class Telling:
                 ):  # fmt: skip
                     return
             except DadiError as error:
-                self._superpeer.fallbacks.note("sibling not told of a prefetch job", f"{url}: {error.message}")
+                self._superpeer.fallbacks.note("sibling not told of a prefetch job", f"{url}: {error}")
                 if self._clock() > until:
                     return
             await asyncio.sleep(pause)

@@ -85,7 +85,7 @@ class Warming:
                 record = superpeer.catalog.find(str(ref), str(platform))
                 if record is None or job.request.manifest not in ("", record.manifest_digest):
                     raise
-                superpeer.fallbacks.note("registry away, prefetched as it was", f"{ref}: {error.message}")
+                superpeer.fallbacks.note("registry away, prefetched as it was", f"{ref}: {error}")
                 self.note(f"the registry is away: {ref} is taken for what it was")
                 job.manifest_digest, job.top_digest = record.manifest_digest, record.top_digest
                 job.resolved = record.resolved_at
@@ -105,7 +105,7 @@ class Warming:
         except InvalidRequest as error:
             if not job.tries:
                 raise
-            self.note(f"{error.message} ({error.hint})")  # its registry was away: late is better than never
+            self.note(str(error))  # its registry was away: late is better than never
 
     def _known(self) -> ImageRecord | None:
         job = self._job

@@ -149,7 +149,7 @@ class LazyLayers:
         except Lie:
             raise
         except DadiError as error:
-            self._fallbacks.note("layer could not be checked", f"{reference}: {error.message}")
+            self._fallbacks.note("layer could not be checked", f"{reference}: {error}")
             return False
         self._on_proven(layer)
         return True
@@ -233,7 +233,7 @@ class LazyLayers:
                 await self._advance(rest)
                 rest.pause = _PAUSE
             except (NotFound, Unsupported) as error:
-                self._fallbacks.note("rest of a layer given up", error.message)
+                self._fallbacks.note("rest of a layer given up", str(error))
                 await self.drop(rest.layer)
             except DadiError as error:
                 # Nobody waits for the rest: whoever wants something finds out by himself what is wrong.

@@ -95,7 +95,7 @@ class Origin:
             try:
                 index = await self._stream(reference, descriptor, diff_id, mirrors=True)
             except DigestMismatch as error:
-                self._fallbacks.note("wrong layer, asked the registry itself again", error.message)
+                self._fallbacks.note("wrong layer, asked the registry itself again", str(error))
                 index = await self._stream(reference, descriptor, diff_id, mirrors=False)
             blob = await self._store.put(await asyncio.to_thread(layer.encode, index))
             self.layers += 1

@@ -90,7 +90,7 @@ class Assembly:
             async with self._lazy.packed(*found) as layer:
                 blob = layer.blob
         except DadiError as error:
-            self._fallbacks.note("layer not assembled from ranges", f"{digest}: {error.message}")
+            self._fallbacks.note("layer not assembled from ranges", f"{digest}: {error}")
             return None
         return Chunked(self._store, blob, partial(self._opened, *found))
 

@@ -50,7 +50,7 @@ from dadi.peers.places import (
     Heartbeat,
     Introduce,
     Join,
-    Joined,
+    JoinAnswer,
     Leave,
     Peer,
     Place,
@@ -126,7 +126,7 @@ class Peers:
         join = await self._message(request, Join)
         await self.gate.admit(request.headers, *join.blobs)
         began = time.perf_counter()
-        placed = answer(Joined(self._placed(join, request), self._pace.heartbeat))
+        placed = answer(JoinAnswer(self._placed(join, request), self._pace.heartbeat))
         self.rush.took(time.perf_counter() - began)
         return placed
 

@@ -176,7 +176,7 @@ class RangedLayer:
         except Lie:
             raise
         except DadiError as error:
-            self._fallbacks.note("compressed layer not assembled", error.message)
+            self._fallbacks.note("compressed layer not assembled", str(error))
 
     async def close(self) -> None:
         """Break off what is under way."""

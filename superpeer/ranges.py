@@ -70,7 +70,7 @@ class VerifiedRanges(Verified):
         try:
             return await super().read(blob, chunks, urgency)
         except DigestMismatch as error:
-            self._fallbacks.note("wrong range, asked the registry itself again", error.message)
+            self._fallbacks.note("wrong range, asked the registry itself again", str(error))
             self._ranges.mirrors = False
         try:
             return await super().read(blob, chunks, urgency)

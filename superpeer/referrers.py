@@ -10,7 +10,7 @@ A startup trace that was put there (`dadi trace export --push`) is found and che
 
 Whatever is wrong with an artifact is a fallback that says so; the image is then indexed on first sight. What an index
 says of the bytes themselves is verified as they come (`ranged.py`). Indexes may be made to fill our memory: all that an
-image has share one `Room`, and what is large, packed or unpacked, is in memory one at a time.
+image has share one `DecodeRoom`, and what is large, packed or unpacked, is in memory one at a time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dadi.index import artifact as artifacts
 from dadi.index import seek, signature
 from dadi.index.artifact import Artifact
 from dadi.index.image import CONVERTED, REFERRER, ImageLayer
-from dadi.index.layer import LayerIndex, Room
+from dadi.index.layer import DecodeRoom, LayerIndex
 from dadi.index.seek import SeekTable
 from dadi.oci import manifest as manifests
 from dadi.oci.manifest import Descriptor, Manifest
@@ -68,7 +68,7 @@ class Accepted(msgspec.Struct, frozen=True):
     digest: str
     artifact: Artifact
     signer: str
-    room: Room = msgspec.field(default_factory=Room)
+    room: DecodeRoom = msgspec.field(default_factory=DecodeRoom)
     """What the indexes of the image's layers may cost together."""
 
     @property
@@ -77,7 +77,7 @@ class Accepted(msgspec.Struct, frozen=True):
         return CONVERTED if self.artifact.origin == artifacts.ORIGIN_CONVERT else REFERRER
 
 
-class Referrers:
+class ShippedIndexes:
     """Finds indexes in registries."""
 
     def __init__(self, store: DiskBlobs, registry: RegistryClient, refused: Refused, *, chunk_size: int,
@@ -105,7 +105,7 @@ class Referrers:
         try:
             found = await self._registry.referrers(reference, resolved.descriptor.digest)
         except DadiError as error:
-            self._fallbacks.note("referrers could not be read", f"{reference}: {error.message}")
+            self._fallbacks.note("referrers could not be read", f"{reference}: {error}")
             self._listed_traces(resolved.descriptor.digest, [])
             return None
         self._listed_traces(resolved.descriptor.digest, found)
@@ -115,7 +115,7 @@ class Referrers:
             try:
                 return await self._accept(reference, resolved, entry, looks)
             except DadiError as error:
-                self._fallbacks.note("index in the registry not used", f"{reference}, {entry.digest}: {error.message}")
+                self._fallbacks.note("index in the registry not used", f"{reference}, {entry.digest}: {error}")
             if not looks.left:
                 break
         return None
@@ -225,7 +225,7 @@ class Referrers:
         )  # fmt: skip
 
 
-def _unpacked(index: bytes, table: bytes, room: Room) -> tuple[LayerIndex, bytes, SeekTable]:
+def _unpacked(index: bytes, table: bytes, room: DecodeRoom) -> tuple[LayerIndex, bytes, SeekTable]:
     """Return the layer index, its encoding, and the seek table. For threads."""
     decoded, encoded = artifacts.decode_layer(index, room)
     return decoded, encoded, seek.decode(table)

@@ -47,7 +47,7 @@ from superpeer.lazy_layers import LazyLayers
 from superpeer.origin import Origin
 from superpeer.original import originals_of
 from superpeer.ranged import Lie
-from superpeer.referrers import Referrers, trusted_keys
+from superpeer.referrers import ShippedIndexes, trusted_keys
 from superpeer.refused import Refused
 from superpeer.shown_layers import Proof, ShownLayers
 from superpeer.siblings import Siblings
@@ -96,7 +96,7 @@ class Superpeer:
         self.origin.mirrored = config.registry.mirrors
         self.origin.on_shown = partial(self.shown.add, proof=Proof.HASHED)
         self._refused = Refused(Path(config.state) / "refused-indexes.json")
-        self._referrers = Referrers(
+        self._referrers = ShippedIndexes(
             store, self.registry, self._refused, chunk_size=config.indexing.chunk_size, fallbacks=fallbacks
         )
         self._indexer = Indexer(store, self.catalog, self.origin,
@@ -214,7 +214,7 @@ class Superpeer:
         except Unavailable as error:
             if record is None or self.catalog.find(str(reference), str(platform)) is not record:
                 raise
-            self.fallbacks.note("registry away, answered from the cache", f"{reference}: {error.message}")
+            self.fallbacks.note("registry away, answered from the cache", f"{reference}: {error}")
             return record
         top_digest = resolved.index_digest or resolved.descriptor.digest
         known = self.catalog.by_manifest(resolved.descriptor.digest, reference.name)
@@ -324,7 +324,7 @@ class Superpeer:
             except Lie as lie:
                 await self.withdrawing.lied(layer, lie)
             except Unsupported as error:
-                self.fallbacks.note("no ranges, whole layer fetched", error.message)
+                self.fallbacks.note("no ranges, whole layer fetched", str(error))
         else:
             self.fallbacks.note("blob was evicted, fetched again", layer.diff_id)
         if not self.store.has(layer.diff_id):

@@ -24,7 +24,7 @@ from dadi.errors import DadiError, StoreFull, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
 from dadi.index.image import ImageLayer
-from superpeer.adopting import Told
+from superpeer.adopting import SiblingOrigin
 from superpeer.ranged import Lie, check
 from superpeer.ranges import Held
 
@@ -37,7 +37,7 @@ _PARALLEL = 8
 _SETTLING = 2.0
 
 OnLie = Callable[[ImageLayer, Lie], Awaitable[None]]
-AskAll = Callable[[str], Awaitable[tuple[list[tuple[str, Told]], list[str]]]]
+AskAll = Callable[[str], Awaitable[tuple[list[tuple[str, SiblingOrigin]], list[str]]]]
 """A digest → what siblings know of it, and who did not answer."""
 ReadFrom = Callable[[str, Blob, range, Urgency], Awaitable[list[bytes]]]
 Spawn = Callable[[Coroutine[Any, Any, None]], None]
@@ -102,7 +102,7 @@ class SiblingChunks:
         except StoreFull:
             raise
         except DadiError as error:
-            self._fallbacks.note("no chunks from siblings, registry asked", f"{blob}: {error.message}")
+            self._fallbacks.note("no chunks from siblings, registry asked", f"{blob}: {error}")
             self._holders.drop(blob.digest)
             return False
         if self._store.present_bytes(blob) == blob.size and not self._store.has(blob.digest):
@@ -146,7 +146,7 @@ class SiblingChunks:
                 return parts
             except DadiError as error:
                 errors.append(error)
-                self._fallbacks.note("sibling passed over", f"{url}: {error.message}")
+                self._fallbacks.note("sibling passed over", f"{url}: {error}")
         raise errors[-1] if errors else Unavailable(f"no sibling that has {blob} answers")
 
     def _check_whole(self, layer: ImageLayer) -> None:
@@ -161,7 +161,7 @@ class SiblingChunks:
             except Lie as lie:
                 await self._on_lie(layer, lie)
             except DadiError as error:
-                self._fallbacks.note("layer could not be checked", f"{layer.diff_id}: {error.message}")
+                self._fallbacks.note("layer could not be checked", f"{layer.diff_id}: {error}")
             finally:
                 self._checking.discard(layer.diff_id)
                 self._checks.discard(cast("asyncio.Task[None]", asyncio.current_task()))

@@ -46,7 +46,7 @@ from dadi.peers.places import Digest
 from dadi.peers.superpeers import Resolver, Superpeers, addresses_of
 from dadi.peers.tokens import Tokens
 from dadi.tls import Tls
-from superpeer.adopting import Adopter, Told, decode_told
+from superpeer.adopting import Adopter, SiblingOrigin, decode_told
 from superpeer.config import SuperpeerConfig
 from superpeer.sibling_chunks import NOBODY_KNOWS, Answers, OnLie, SiblingChunks
 from superpeer.sibling_serving import MOST_TOLD
@@ -133,7 +133,7 @@ class Siblings:
         except StoreFull:
             raise
         except DadiError as error:
-            self._fallbacks.note("siblings not asked about an image", error.message)
+            self._fallbacks.note("siblings not asked about an image", str(error))
             return False
         return True
 
@@ -150,7 +150,7 @@ class Siblings:
                 raise
             except DadiError as error:
                 errors.append(error)
-                self._fallbacks.note("sibling's image not taken over", f"{url}, {told.reference}: {error.message}")
+                self._fallbacks.note("sibling's image not taken over", f"{url}, {told.reference}: {error}")
         if errors:
             raise Unavailable(f"what siblings know of {digest} cannot be used: {errors[-1].message}", retry_after=1)
         if away:
@@ -164,7 +164,7 @@ class Siblings:
         if len(self._refused) > _MOST_REMEMBERED:
             del self._refused[next(iter(self._refused))]
 
-    async def _adopt(self, url: str, told: Told, digest: str) -> None:
+    async def _adopt(self, url: str, told: SiblingOrigin, digest: str) -> None:
         task = self._adopting.get(told.index_digest)
         if task is None:
             log.info("an image is taken over from a sibling", sibling=url, image=told.reference)
@@ -173,11 +173,11 @@ class Siblings:
             task.add_done_callback(lambda done: self._adopted(told, done))
         await asyncio.shield(task)
 
-    def _adopted(self, told: Told, task: asyncio.Task[None]) -> None:
+    def _adopted(self, told: SiblingOrigin, task: asyncio.Task[None]) -> None:
         del self._adopting[told.index_digest]
         self.adopted += not task.cancelled() and task.exception() is None
 
-    async def _ask_all(self, digest: str) -> tuple[list[tuple[str, Told]], list[str]]:
+    async def _ask_all(self, digest: str) -> tuple[list[tuple[str, SiblingOrigin]], list[str]]:
         """Return what siblings know of a digest, those first that have it whole; and who did not answer."""
         try:
             await self.superpeers.ready()
@@ -186,10 +186,10 @@ class Siblings:
         others = self.others()
         self.asked += 1
         results = await asyncio.gather(*(self._ask(url, digest) for url in others), return_exceptions=True)
-        found: list[tuple[str, Told]] = []
+        found: list[tuple[str, SiblingOrigin]] = []
         away: list[str] = []
         for url, result in zip(others, results, strict=True):
-            if isinstance(result, Told):
+            if isinstance(result, SiblingOrigin):
                 found.append((url, result))
             elif isinstance(result, DadiError):
                 if not isinstance(result, NotFound):
@@ -199,7 +199,7 @@ class Siblings:
                 raise result
         return sorted(found, key=lambda each: not each[1].whole), away
 
-    async def _ask(self, url: str, digest: str) -> Told:
+    async def _ask(self, url: str, digest: str) -> SiblingOrigin:
         superpeers = self.superpeers
         if not superpeers.health.may_ask(url, superpeers.clock()):
             raise Unavailable("it did not answer a moment ago")
@@ -303,7 +303,7 @@ class Siblings:
                                         headers=self.headers(digest), timeout=timeout):  # fmt: skip
                     return
             except DadiError as error:
-                self._fallbacks.note("sibling not told of an image", f"{url}: {error.message}")
+                self._fallbacks.note("sibling not told of an image", f"{url}: {error}")
             await asyncio.sleep(wait)
 
     # ---- state

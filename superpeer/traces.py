@@ -1,6 +1,6 @@
 """Startup traces of images: what nodes send is merged, kept on disk, handed out with the image; without HTTP.
 
-    STATE/traces/HEX.trace     a file an image (HEX: its manifest's SHA-256), see `Kept` in `dadi/prefetch/trace.py`
+    STATE/traces/HEX.trace     a file an image (HEX: its manifest's SHA-256), see `KeptTrace` (`prefetch/trace.py`)
 
     asked     the merged trace, from memory: `traces.most` images and `traces.size` bytes, those learnt last stay
     learn     a recording joins those of other nodes; reports say how much of what was fetched ahead was read. Where
@@ -35,7 +35,7 @@ from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
 from dadi.index.image import ImageIndex
 from dadi.prefetch import trace
-from dadi.prefetch.trace import Given, Kept, Message, Recording, Report, Trace
+from dadi.prefetch.trace import Given, KeptTrace, Message, Recording, Report, Trace
 from superpeer.catalog import Catalog, ImageRecord
 from superpeer.config import TracesConfig
 from superpeer.traces_sampling import Sampling
@@ -117,9 +117,9 @@ class Traces:
                 path.unlink(missing_ok=True)
         return found
 
-    def _read(self, path: Path) -> Kept:
+    def _read(self, path: Path) -> KeptTrace:
         with path.open("rb") as file:
-            kept = trace.decode(file.read(_MAX_FILE), Kept)
+            kept = trace.decode(file.read(_MAX_FILE), KeptTrace)
         if self._file(kept.manifest) != path:
             raise Malformed(f"{path} is of another image")
         return kept
@@ -242,17 +242,17 @@ class Traces:
         finally:
             self._steps -= batch.steps
 
-    def _kept(self, manifest: str) -> Kept:
+    def _kept(self, manifest: str) -> KeptTrace:
         path = self._file(manifest)
         try:
             return self._read(path)
         except FileNotFoundError:
-            return Kept(manifest)
+            return KeptTrace(manifest)
         except (OSError, DadiError) as error:
             self._fallbacks.note("startup trace lost", f"{path}: {error}")
-            return Kept(manifest)
+            return KeptTrace(manifest)
 
-    async def kept(self, manifest: str) -> Kept:
+    async def kept(self, manifest: str) -> KeptTrace:
         """Return all that is kept of an image."""
         return await asyncio.to_thread(self._kept, manifest)
 
@@ -268,7 +268,7 @@ class Traces:
         self._runs.pop(manifest, None)
         await asyncio.to_thread(self._file(manifest).unlink, missing_ok=True)
 
-    async def _write(self, kept: Kept) -> None:
+    async def _write(self, kept: KeptTrace) -> None:
         try:
             await asyncio.to_thread(write_durably, self._file(kept.manifest), trace.encode(kept))
         except OSError as error:
@@ -304,7 +304,7 @@ class Traces:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _merged(kept: Kept, batch: _Batch, drop_below: float) -> tuple[Kept, bytes, str]:
+def _merged(kept: KeptTrace, batch: _Batch, drop_below: float) -> tuple[KeptTrace, bytes, str]:
     """Return what is kept with a batch, what is handed out then, and why the trace was dropped, if so. For threads."""
     why = ""
     for report in batch.reports:
@@ -316,14 +316,14 @@ def _merged(kept: Kept, batch: _Batch, drop_below: float) -> tuple[Kept, bytes, 
             kept = msgspec.structs.replace(kept, reports=reports)
             continue
         why = f"{ratio:.0%} of what it said was read"
-        kept = Kept(kept.manifest, dropped=min(kept.dropped + 1, 1 << 31))
+        kept = KeptTrace(kept.manifest, dropped=min(kept.dropped + 1, 1 << 31))
         break  # the others are on the same trace
     for recording in batch.recordings:
         kept = trace.added(kept, recording)
     return kept, _encoded(kept), why
 
 
-def _encoded(kept: Kept) -> bytes:
+def _encoded(kept: KeptTrace) -> bytes:
     """Return what is handed out: the merged trace; b"" if there is none, or one too large."""
     merged = trace.merged(kept)
     data = trace.encode(merged) if merged is not None else b""

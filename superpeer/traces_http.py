@@ -110,7 +110,7 @@ class TraceServer:
                 ):  # fmt: skip
                     return
             except DadiError as error:
-                self._superpeer.fallbacks.note("startup trace not passed on", f"{url}: {error.message}")
+                self._superpeer.fallbacks.note("startup trace not passed on", f"{url}: {error}")
 
         siblings.spawn(everybody())
 

@@ -19,7 +19,7 @@ from dadi.errors import DadiError
 from dadi.fallbacks import Fallbacks
 from dadi.oci.reference import Reference
 from superpeer.catalog import Catalog, ImageRecord
-from superpeer.referrers import Referrers
+from superpeer.referrers import ShippedIndexes
 from superpeer.traces import Traces
 
 _PATIENCE = 2.0
@@ -32,7 +32,7 @@ _MOST = 4096
 class ShippedTraces:
     """See the head of this file. `referrers` is None where the registry's are not to be used."""
 
-    def __init__(self, traces: Traces, catalog: Catalog, referrers: Referrers | None, fallbacks: Fallbacks,
+    def __init__(self, traces: Traces, catalog: Catalog, referrers: ShippedIndexes | None, fallbacks: Fallbacks,
                  clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
         self._traces = traces
         self._catalog = catalog
@@ -79,7 +79,7 @@ class ShippedTraces:
         if len(self._not_before) > _MOST:
             self._not_before.popitem(last=False)
 
-    async def _look(self, referrers: Referrers, record: ImageRecord) -> None:
+    async def _look(self, referrers: ShippedIndexes, record: ImageRecord) -> None:
         manifest = record.manifest_digest
         try:
             kept = await self._traces.kept(manifest)

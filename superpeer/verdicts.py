@@ -204,7 +204,7 @@ class Verdicts:
     def _as_it_was(self, grant: bytes, error: Unavailable, reference: Reference) -> Grant:
         if not self._older(grant):
             raise error
-        self._fallbacks.note("registry away, access as it was", f"{reference.name}: {error.message}")
+        self._fallbacks.note("registry away, access as it was", f"{reference.name}: {error}")
         return Grant(grant, int(self._verdicts[grant].yes_at))
 
     async def _ask_registry(self, reference: Reference, credentials: Credentials | None, grant: bytes,

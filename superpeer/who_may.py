@@ -223,7 +223,7 @@ class WhoMay:
             raise
         except (Unavailable, NotFound) as error:
             self._counts["renewed_unchecked"] += 1
-            self.fallbacks.note("token renewed, the registry cannot say", f"{reference.name}: {error.message}")
+            self.fallbacks.note("token renewed, the registry cannot say", f"{reference.name}: {error}")
         except AccessDenied:
             if hmac.compare_digest(renewal.grant, self.keys.grant(shown or "", reference.name)):
                 raise

@@ -33,7 +33,7 @@ class FirstOf:
                 errors.append(error)
                 if place + 1 < len(self.sources) and not isinstance(error, NotFound):
                     name = getattr(source, "name", repr(source))
-                    self._fallbacks.note("source passed over", f"{name}: {error.message}")
+                    self._fallbacks.note("source passed over", f"{name}: {error}")
         if not errors:
             raise Unavailable("there is nobody to ask", hint="configure a superpeer")
         raise next((error for error in errors if error.retryable), errors[-1])

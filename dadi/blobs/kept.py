@@ -47,7 +47,7 @@ class Kept:
             parts = await self.store.read(blob, run)
         except DadiError as error:
             # Evicted, or the disk broke, between the look and the read.
-            self._fallbacks.note("local chunk not readable", error.message)
+            self._fallbacks.note("local chunk not readable", str(error))
             return await self._fetch(blob, run, urgency)
         self.local_bytes += sum(map(len, parts))
         return parts
@@ -58,7 +58,7 @@ class Kept:
         try:
             await self.store.keep(blob, run.start, parts)
         except StoreFull as error:
-            self._fallbacks.note("not kept: store full", error.message)
+            self._fallbacks.note("not kept: store full", str(error))
         except DadiError as error:
-            self._fallbacks.note("not kept: disk failed", error.message)
+            self._fallbacks.note("not kept: disk failed", str(error))
         return parts

@@ -35,7 +35,7 @@ class Checked(msgspec.Struct):
     why: str = ""
 
 
-class Pace:
+class ReadingPace:
     """At most `rate` bytes a second (0: any)."""
 
     def __init__(self, rate: float, clock: Callable[[], float] = time.monotonic,
@@ -53,7 +53,7 @@ class Pace:
         self._next = max(now, self._next) + length / self._rate
 
 
-async def verify(store: DiskBlobs, pace: Pace, on_bytes: Callable[[int], None]) -> AsyncGenerator[Checked, None]:
+async def verify(store: DiskBlobs, pace: ReadingPace, on_bytes: Callable[[int], None]) -> AsyncGenerator[Checked, None]:
     """Yield each blob as it was found; what is bad has been withdrawn by then. `on_bytes` is told of each piece."""
     for digest in sorted(store.digests()):
         blob = store.find(digest)
@@ -70,7 +70,7 @@ async def verify(store: DiskBlobs, pace: Pace, on_bytes: Callable[[int], None]) 
 
 
 async def _check(
-    store: DiskBlobs, blob: Blob, pace: Pace, on_bytes: Callable[[int], None]
+    store: DiskBlobs, blob: Blob, pace: ReadingPace, on_bytes: Callable[[int], None]
 ) -> tuple[Checked, bool]:
     complete, path, looked = store.has(blob.digest), store.data_path(blob), 0
     whole = hashlib.sha256() if complete else None

@@ -136,7 +136,7 @@ async def _looked_at(state: Path, rate: float) -> AsyncGenerator[Any, None]:
     """Yield what `dadi.blobs.verifying` finds, and "progress" events; the store is locked meanwhile."""
     from dadi import state_version
     from dadi.blobs.disk import DiskBlobs
-    from dadi.blobs.verifying import Pace
+    from dadi.blobs.verifying import ReadingPace
     from dadi.blobs.verifying import verify as verified
 
     await asyncio.to_thread(state_version.check, state)  # before a store throws away what it does not understand
@@ -155,7 +155,7 @@ async def _looked_at(state: Path, rate: float) -> AsyncGenerator[Any, None]:
 
     try:
         total = store.statistics()["bytes"]
-        async for checked in verified(store, Pace(rate), on_bytes):
+        async for checked in verified(store, ReadingPace(rate), on_bytes):
             yield {"event": "progress", "stage": "reading the store", "bytes": done, "total": total}
             yield checked
     finally:

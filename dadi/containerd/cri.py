@@ -125,7 +125,7 @@ class ImageProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no t
         try:
             secret = secret_in(request)
         except DadiError as error:
-            self._fallbacks.note(NOT_REMEMBERED, error.message)
+            self._fallbacks.note(NOT_REMEMBERED, str(error))
             secret = None
         if secret is None:
             await self._pass_on(method, request, context)

@@ -21,7 +21,7 @@ from dadi.publish.progress import Part, Progress
 AT_ONCE = 3
 
 
-class Downloads:
+class LayerDownloads:
     """The layers of one image, by number; `close` it."""
 
     def __init__(
@@ -41,7 +41,7 @@ class Downloads:
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
     def __repr__(self) -> str:
-        return f"Downloads({len(self._tasks)} of {len(self._layers)} layers, {self.fetched} bytes)"
+        return f"LayerDownloads({len(self._tasks)} of {len(self._layers)} layers, {self.fetched} bytes)"
 
     async def have(self, number: int) -> None:
         """Return when the layer is in the content store; raise DigestMismatch, and what the two clients raise."""

@@ -28,7 +28,7 @@ import msgspec
 
 from dadi.containerd import labels
 from dadi.containerd.client import Containerd
-from dadi.containerd.downloads import Downloads
+from dadi.containerd.downloads import LayerDownloads
 from dadi.containerd.reading import Unpacked, unpacked
 from dadi.errors import AlreadyExists, Conflict, DadiError, DigestMismatch, NotFound
 from dadi.oci import manifest as manifests
@@ -202,7 +202,7 @@ class Pull:
         layers = image.manifest.layers
         self._progress.expect(layers=len(layers))
         self._progress.stage("layers (an image that no superpeer has seen is read once, by the superpeer)")
-        downloads = Downloads(self._registry, containerd, self._reference, layers, self._lease, self._progress)
+        downloads = LayerDownloads(self._registry, containerd, self._reference, layers, self._lease, self._progress)
         rows = []
         try:
             for number, layer in enumerate(layers):
@@ -214,7 +214,7 @@ class Pull:
         return rows, downloads.fetched
 
     async def _layer(
-        self, containerd: Containerd, image: ResolvedImage, chain: list[str], number: int, downloads: Downloads
+        self, containerd: Containerd, image: ResolvedImage, chain: list[str], number: int, downloads: LayerDownloads
     ) -> str:
         """Have the snapshot of one layer; return how it came to be."""
         chain_id, parent = chain[number], chain[number - 1] if number else ""
@@ -246,7 +246,7 @@ class Pull:
         key: str,
         mounts: list[Any],
         wanted: dict[str, str],
-        downloads: Downloads,
+        downloads: LayerDownloads,
     ) -> None:
         """Download a layer, unpack it into the active snapshot `key`, and commit that."""
         layer, diff_id = image.manifest.layers[number], image.diff_ids[number]

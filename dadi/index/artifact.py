@@ -32,7 +32,7 @@ from dadi import digest as digests
 from dadi.errors import DadiError, InvalidRequest, Malformed, TooLarge, Unsupported
 from dadi.index import layer, seek
 from dadi.index.chunks import MAX_CHUNK_SIZE, MIN_CHUNK_SIZE, OTHER_VERSION
-from dadi.index.layer import LayerIndex, Room
+from dadi.index.layer import DecodeRoom, LayerIndex
 from dadi.index.seek import SeekTable
 from dadi.oci import media_types
 from dadi.oci.manifest import Descriptor, Manifest
@@ -187,7 +187,7 @@ def check_layer(index: LayerIndex, table: SeekTable, wanted: Descriptor, diff_id
                             f"in the seek table, and should be {expected}")  # fmt: skip
 
 
-def decode_layer(blob: bytes, room: Room | None = None) -> tuple[LayerIndex, bytes]:
+def decode_layer(blob: bytes, room: DecodeRoom | None = None) -> tuple[LayerIndex, bytes]:
     """Return the layer index in a blob of the registry, and its own encoding; raise as `layer.decode` does.
 
     Some KiB of a blob may become `MAX_INDEX` bytes and all that `room` has: decode one at a time, of those that are

@@ -25,7 +25,7 @@ VERSION = 1
 TAR_BLOCK = 512
 
 MAX_ENTRIES, MAX_METADATA = 2_000_000, 256 << 20
-"""Entries, and bytes of what `Room` counts, unless the caller says otherwise: what `TarLimits` lets into an index."""
+"""Entries, and bytes of what `DecodeRoom` counts, unless the caller says otherwise: what `TarLimits` lets in."""
 _MAX_ENTRY = 8 << 20  # bytes, encoded; with `TarLimits` an entry has 3 MiB at most
 _ITEM_COST = 64  # as in tar.py
 
@@ -93,7 +93,7 @@ class LayerIndex(msgspec.Struct, frozen=True, array_like=True):
         return f"LayerIndex({self.diff_id[7:19]}, {self.table.size} bytes, {len(self.entries)} entries)"
 
 
-class Room:
+class DecodeRoom:
     """How much may still be decoded: `entries`, and `metadata` bytes of names, link targets, attributes and extents.
 
     Counted as the tar parser does (an attribute as 64 bytes beside its content, an extent as 128). One room for all
@@ -107,7 +107,7 @@ class Room:
         self.metadata = metadata
 
     def __repr__(self) -> str:
-        return f"Room({self.entries} entries, {self.metadata} bytes)"
+        return f"DecodeRoom({self.entries} entries, {self.metadata} bytes)"
 
 
 class _Unread(msgspec.Struct, array_like=True):
@@ -131,14 +131,14 @@ def encode(index: LayerIndex) -> bytes:
     return MAGIC + _encoder.encode(index)
 
 
-def decode(data: bytes, room: Room | None = None) -> LayerIndex:
+def decode(data: bytes, room: DecodeRoom | None = None) -> LayerIndex:
     """Return the index; raise Malformed for anything `encode` cannot have made, Unsupported for another version.
 
     Checks form and bounds (every file's data lies inside the tar); paths are checked where they are used, by the
     EROFS tree. Raises TooLarge if it does not fit `room`, from which it takes what it needs; few bytes may say that
     there is a lot, so that entries are counted before any is made, and made one by one.
     """
-    room = room or Room()
+    room = room or DecodeRoom()
     if data[: len(MAGIC)] != MAGIC:
         raise Malformed("not a layer index: wrong magic")
     try:
@@ -154,7 +154,7 @@ def decode(data: bytes, room: Room | None = None) -> LayerIndex:
     return LayerIndex(VERSION, unread.layer_digest, unread.layer_size, unread.diff_id, unread.table, entries)
 
 
-def _entries(encoded: list[msgspec.Raw], end: int, room: Room) -> tuple[Entry, ...]:
+def _entries(encoded: list[msgspec.Raw], end: int, room: DecodeRoom) -> tuple[Entry, ...]:
     """Return the entries, checked; `end`: bytes of the tar."""
     if len(encoded) > room.entries:
         raise TooLarge(f"a layer index of {len(encoded)} entries, where {room.entries} are allowed")

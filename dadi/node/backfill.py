@@ -22,7 +22,7 @@ from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
 from dadi.node.config import BackfillConfig
 from dadi.node.demand import Demand
-from dadi.node.devices import Device, Devices, DeviceState
+from dadi.node.devices import BlobDevice, Devices, DeviceState
 
 log = structlog.get_logger()
 _RUN = 1 << 20
@@ -121,7 +121,7 @@ class Backfill:
                 if not await self._store.missing(device.blob):
                     await self._devices.complete(device)
             except DadiError as error:
-                self._fallbacks.note("backfill failed", error.message)
+                self._fallbacks.note("backfill failed", str(error))
             except Exception as error:  # a fault with one device is no reason to leave out the others
                 log.exception("backfill failed", blob=device.blob.digest)
                 self._fallbacks.note("backfill failed", repr(error))
@@ -129,7 +129,7 @@ class Backfill:
             better = better or after < before or device.state is not DeviceState.LAZY
         return better
 
-    async def _fill(self, device: Device) -> None:
+    async def _fill(self, device: BlobDevice) -> None:
         blob = device.blob
         for run in pieces(blob, await self._store.missing(blob)):
             if device.users == 0:

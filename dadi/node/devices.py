@@ -81,7 +81,7 @@ class LazyFile:
         return data.ljust(length, b"\0")  # the padding, if the read goes beyond the blob's end
 
 
-class Device:
+class BlobDevice:
     """One blob's loop device; made and ended by `Devices` only."""
 
     def __init__(self, blob: Blob) -> None:
@@ -96,7 +96,7 @@ class Device:
         self.resources = contextlib.ExitStack()
 
     def __repr__(self) -> str:
-        return f"Device({self.blob!r}, {self.state.value}, {self.path}, {self.users} users)"
+        return f"BlobDevice({self.blob!r}, {self.state.value}, {self.path}, {self.users} users)"
 
     @property
     def path(self) -> str:
@@ -126,7 +126,7 @@ class Devices:
         self._session = session
         self._demand = demand
         self._fallbacks = fallbacks
-        self._devices: dict[str, Device] = {}
+        self._devices: dict[str, BlobDevice] = {}
         self._changing = asyncio.Lock()
         self._left: dict[str, _Left] = {}
         self._swaps: set[asyncio.Task[Any]] = set()
@@ -135,11 +135,11 @@ class Devices:
     def __repr__(self) -> str:
         return f"Devices({len(self._devices)}, {len(self.lazy())} lazy)"
 
-    def lazy(self) -> list[Device]:
+    def lazy(self) -> list[BlobDevice]:
         """Return the devices whose blobs are not complete yet, in the order they were attached."""
         return [device for device in self._devices.values() if device.state is DeviceState.LAZY]
 
-    def all(self) -> list[Device]:
+    def all(self) -> list[BlobDevice]:
         """Return every device."""
         return list(self._devices.values())
 
@@ -148,7 +148,7 @@ class Devices:
         device = self._devices.get(digest)
         return device.lazy_file.touched if device and device.lazy_file else None
 
-    async def acquire(self, blob: Blob, *, adopt: str | None = None) -> Device:
+    async def acquire(self, blob: Blob, *, adopt: str | None = None) -> BlobDevice:
         """Return the blob's device, attached; pair with `release`.
 
         `adopt` names a loop device of an earlier process for which `stands` is true.
@@ -159,7 +159,7 @@ class Devices:
                 hint = "unmount every image that has this layer, then mount again"
                 raise DigestMismatch(f"{blob} is broken: {device.error}", hint=hint)
             if device is None:
-                device = Device(blob)
+                device = BlobDevice(blob)
                 try:
                     await self._attach(device, adopt)
                 except BaseException:
@@ -169,7 +169,7 @@ class Devices:
             device.users += 1
             return device
 
-    async def _attach(self, device: Device, adopt: str | None) -> None:
+    async def _attach(self, device: BlobDevice, adopt: str | None) -> None:
         blob = device.blob
         left = self._left.get(blob.digest)
         if left is not None and await in_kernel(self._over_fuse, blob, adopt or left.path):
@@ -194,7 +194,7 @@ class Devices:
         path = Path(self._session.directory) / device.lazy_file.name
         device.loop = await in_kernel(loop.attach, str(path))
 
-    async def release(self, device: Device) -> None:
+    async def release(self, device: BlobDevice) -> None:
         """Give a device back; the last user's release ends it."""
         async with self._changing:
             device.users -= 1
@@ -202,7 +202,7 @@ class Devices:
                 del self._devices[device.blob.digest]
                 await in_kernel(self._end, device)
 
-    def _end(self, device: Device) -> None:
+    def _end(self, device: BlobDevice) -> None:
         # Each of them, whatever becomes of the others: last in, first out.
         with device.resources:
             if device.lazy_file:
@@ -210,12 +210,12 @@ class Devices:
             if device.loop:
                 device.resources.callback(device.loop.close)
 
-    def abort(self, device: Device) -> None:
+    def abort(self, device: BlobDevice) -> None:
         """Fail the reads that wait for this device, and those to come, unless another image uses it too."""
         if device.lazy_file and device.users == 1:
             self._session.abort(device.lazy_file.name)
 
-    async def complete(self, device: Device) -> None:
+    async def complete(self, device: BlobDevice) -> None:
         """Verify a blob whose chunks are all here as a whole, and re-point its device to the local file.
 
         A blob that is not what its digest says makes the device BROKEN. Raises NotFound if chunks are missing.
@@ -241,7 +241,7 @@ class Devices:
         task.add_done_callback(self._swaps.discard)
         return await asyncio.shield(task)
 
-    async def _swap(self, device: Device) -> None:
+    async def _swap(self, device: BlobDevice) -> None:
         async with self._changing:
             if device.loop is None or not device.users:
                 return
@@ -253,7 +253,7 @@ class Devices:
                     self._fallbacks.note("device reads its local file by buffered I/O", f"{device.path}: {path}")
             except DadiError as error:
                 # All bytes are here, so reads are hits; only our process stays in their way.
-                self._fallbacks.note("device not swapped to the local file", f"{device.path}: {error.message}")
+                self._fallbacks.note("device not swapped to the local file", f"{device.path}: {error}")
                 device.error = error.message
                 return
             device.state, device.error = DeviceState.LOCAL, None

@@ -24,7 +24,7 @@ from dadi.node.backfill import pieces
 from dadi.peers.superpeer import MAX_SMALL_BLOB, ImageAnswer, Upstream
 
 
-class Metadata:
+class ImageMetadata:
     """See the head of this file."""
 
     def __init__(self, store: DiskBlobs, upstream: Upstream, fallbacks: Fallbacks,
@@ -37,7 +37,7 @@ class Metadata:
         self._one = asyncio.Lock()
 
     def __repr__(self) -> str:
-        return f"Metadata({self._upstream!r})"
+        return f"ImageMetadata({self._upstream!r})"
 
     async def index(self, answer: ImageAnswer) -> ImageIndex:
         """Return the image's index, from the store or else from upstream."""
@@ -55,7 +55,7 @@ class Metadata:
         try:
             await self._store.put(data)
         except DadiError as error:
-            self._fallbacks.note("not kept: store full", error.message)
+            self._fallbacks.note("not kept: store full", str(error))
         return index
 
     async def hold(self, answer: ImageAnswer, index: ImageIndex, holds: contextlib.ExitStack) -> None:

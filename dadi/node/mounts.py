@@ -28,9 +28,9 @@ from dadi.errors import Conflict, DadiError, Malformed, NotFound, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.index.image import ImageIndex
 from dadi.node import kernel
-from dadi.node.devices import Device, Devices, DeviceState
+from dadi.node.devices import BlobDevice, Devices, DeviceState
 from dadi.node.in_kernel import in_kernel
-from dadi.node.metadata import Metadata
+from dadi.node.metadata import ImageMetadata
 from dadi.node.records import MountRecord, MountRecords
 from dadi.peers.superpeer import ImageAnswer, Upstream, image_answer
 from dadi.wire import Event
@@ -49,7 +49,7 @@ a process that is dying may still do."""
 class Mount:
     """One mounted image: its record, its index, and its devices (metadata first)."""
 
-    def __init__(self, record: MountRecord, index: ImageIndex, devices: list[Device]) -> None:
+    def __init__(self, record: MountRecord, index: ImageIndex, devices: list[BlobDevice]) -> None:
         self.record = record
         self.index = index
         self.devices = devices
@@ -90,7 +90,7 @@ class Mounts:
         self._tasks: set[asyncio.Task[Any]] = set()
         self.adopted = 0
         """How many mounts of an earlier process still stood."""
-        self.metadata = Metadata(store, upstream, fallbacks, on_index)
+        self.metadata = ImageMetadata(store, upstream, fallbacks, on_index)
         self.predecessor_is_dying: Callable[[], bool] = lambda: False
         """Whether calls of an earlier process, which was killed, may still be in the kernel."""
         self.admit: Callable[[ImageIndex], None] = lambda index: None
@@ -237,7 +237,7 @@ class Mounts:
     async def _attach(self, record: MountRecord, index: ImageIndex, *, recorded: bool = False) -> Mount:
         """Attach and mount. `recorded`: it was reported as made before; if we are killed half-way it is to be made."""
         async with contextlib.AsyncExitStack() as undo:
-            devices: list[Device] = []
+            devices: list[BlobDevice] = []
             for blob in (index.metadata, *index.device_blobs()):
                 device = await self._devices.acquire(blob)
                 undo.push_async_callback(self._devices.release, device)

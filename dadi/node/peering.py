@@ -177,7 +177,7 @@ class Peering:
         try:
             await self._listen(self.server)
         except Conflict as error:  # a process before us may still be ending: no reason to let reads wait
-            self._fallbacks.note("not serving other nodes yet", error.message)
+            self._fallbacks.note("not serving other nodes yet", str(error))
             await self._join(self.config.listen, serves=False)
             self._listening = asyncio.create_task(self._listen_later(self.server))
 
@@ -187,7 +187,7 @@ class Peering:
             try:
                 return await self._listen(server)
             except Conflict as error:
-                self._fallbacks.note("not serving other nodes yet", error.message)
+                self._fallbacks.note("not serving other nodes yet", str(error))
 
     async def _listen(self, server: PeerServer) -> None:
         application = server.application()
@@ -230,7 +230,7 @@ class Peering:
         try:
             await self._listen(self.server)
         except Conflict as error:
-            self._fallbacks.note("not serving other nodes yet", error.message)
+            self._fallbacks.note("not serving other nodes yet", str(error))
             self._listening = asyncio.create_task(self._listen_later(self.server))
 
     async def close(self) -> None:

@@ -27,13 +27,13 @@ from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
 from dadi.node.config import NodeConfig
 from dadi.oci.reference import Reference
-from dadi.originals.client import Superpeers
+from dadi.originals.client import FromSuperpeers
 from dadi.peers.superpeer import SuperpeerClient
 from dadi.peers.tokens import ImageTokens
 from dadi.tls import Tls
 from registry_proxy.config import ProxyConfig
 from registry_proxy.proxy import Proxy
-from registry_proxy.upstream import Shared, Upstream
+from registry_proxy.upstream import ProxyUpstream, Shared
 
 if TYPE_CHECKING:
     from dadi.node.node import Node
@@ -104,7 +104,7 @@ class PlainPulls:
         try:
             await proxying._listen()
         except Conflict as error:
-            fallbacks.note("not serving plain pulls yet", error.message)
+            fallbacks.note("not serving plain pulls yet", str(error))
             proxying._listening = asyncio.create_task(proxying._listen_later())
         except BaseException:
             await proxying.proxy.close()
@@ -122,7 +122,7 @@ class PlainPulls:
             try:
                 return await self._listen()
             except Conflict as error:
-                self._fallbacks.note("not serving plain pulls yet", error.message)
+                self._fallbacks.note("not serving plain pulls yet", str(error))
 
     async def close(self) -> None:
         """Serve nobody any more, break off what is under way."""
@@ -140,7 +140,7 @@ class PlainPulls:
         return {"address": self.address, **counts}
 
 
-def _upstream(node: Node) -> Upstream:
+def _upstream(node: Node) -> ProxyUpstream:
     if node.embedded is not None:
         return Shared(node.embedded.originals, node.embedded.registry)
     peering, tokens, served, read = node.peering, node.tokens, node.originals, node.config.read
@@ -157,7 +157,7 @@ def _upstream(node: Node) -> Upstream:
         served.add(blob)
         peering.parents.expect([blob])
 
-    upstream = Superpeers(
+    upstream = FromSuperpeers(
         node.config.superpeers, node.store, node.fallbacks, connect=read.connect, read=read.stall, tls=node.tls,
         source=peering.upstream.source if peering else None, on_table=on_table, known=client.superpeers,
     )  # fmt: skip

@@ -140,7 +140,7 @@ class Startups:
             self._fallbacks.note("no startup trace", f"{manifest}: it did not come in {_ASK:.0f} s")
             return _Asked("", None, True)
         except DadiError as error:
-            self._fallbacks.note("no startup trace", f"{manifest}: {error.message}")
+            self._fallbacks.note("no startup trace", f"{manifest}: {error}")
             return _Asked("", None, True)
         return _Asked(trace.name_of(given.data), found, given.wanted)
 
@@ -184,7 +184,7 @@ class Startups:
         except TimeoutError:
             self._fallbacks.note("startup trace not sent", f"{manifest}: no answer in {_SEND:.0f} s")
         except DadiError as error:
-            self._fallbacks.note("startup trace not sent", f"{manifest}: {error.message}")
+            self._fallbacks.note("startup trace not sent", f"{manifest}: {error}")
 
     @staticmethod
     def _is_known(found: Trace | None, report: Report | None) -> bool:

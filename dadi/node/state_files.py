@@ -51,7 +51,7 @@ _KINDS: dict[str, Callable[[bytes], object]] = {
     "images/*.json": _json(_Image),
     "originals/*.json": _json(Record),
     "prefetch/*.json": _json(Job),
-    "traces/*.trace": lambda data: trace.decode(data, trace.Kept),
+    "traces/*.trace": lambda data: trace.decode(data, trace.KeptTrace),
     "*.json": _json(Any),
     "keys/*.json": _json(Any),
 }

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import structlog
 
 from dadi.blobs.source import Urgency
-from dadi.blobs.verifying import Checked, Pace, verify
+from dadi.blobs.verifying import Checked, ReadingPace, verify
 from dadi.errors import Conflict, DadiError
 from dadi.node.backfill import pieces
-from dadi.node.devices import Device, DeviceState
+from dadi.node.devices import BlobDevice, DeviceState
 from dadi.node.in_kernel import in_kernel
 from dadi.node.state_files import Damaged, check
 from dadi.wire import Event
@@ -92,7 +92,7 @@ class Verifying:
         """Yield each blob that was looked at, with the event for one that is bad, when all is done about it."""
         node = self._node
         bad = set()
-        async with contextlib.aclosing(verify(node.store, Pace(rate), self._on_bytes)) as blobs:
+        async with contextlib.aclosing(verify(node.store, ReadingPace(rate), self._on_bytes)) as blobs:
             async for checked in blobs:
                 if checked.why:
                     bad.add(checked.blob.digest)
@@ -142,7 +142,7 @@ class Verifying:
                   if digest in (each["blob"] for each in row["devices"])]  # fmt: skip
         return {**bad_blob(checked), "images": images, "outcome": outcome, "repaired": repaired}
 
-    async def _fetch(self, checked: Checked, device: Device | None, limit: asyncio.Timeout) -> None:
+    async def _fetch(self, checked: Checked, device: BlobDevice | None, limit: asyncio.Timeout) -> None:
         """Have what was withdrawn here again, and the whole complete if no more is missing."""
         node = self._node
         loop = asyncio.get_running_loop()
@@ -168,7 +168,7 @@ class Verifying:
         else:
             await node.store.finish(blob)
 
-    async def _whole_again(self, device: Device) -> None:
+    async def _whole_again(self, device: BlobDevice) -> None:
         await self._node.devices.complete(device)
         if device.state is DeviceState.BROKEN or device.error:
             raise Conflict(device.error or "the device is broken")

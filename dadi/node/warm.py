@@ -115,7 +115,7 @@ class Warmer:
                 report = NodeReport(node, "ready")
                 self.warmed += 1
             except DadiError as error:
-                self._fallbacks.note("prefetch failed", f"{wish.reference}: {error.message}")
+                self._fallbacks.note("prefetch failed", f"{wish.reference}: {error}")
                 manifest = Reference.parse(wish.reference).digest or ""
                 report = NodeReport(node, "failed", error.message[:300])
             await self._tell(url, wish, manifest, report)

@@ -76,7 +76,7 @@ class Endpoints:
         self._counters = counters
         self._registries: dict[str, tuple[Endpoint, ...]] = {}
 
-    def turns(self, registry: str, *, mirrors: bool = True) -> Turns:
+    def turns(self, registry: str, *, mirrors: bool = True) -> EndpointTurns:
         """Return the turns of one operation; raise RegistryNotAllowed if the registry is not to be contacted."""
         self._hosts.check_registry(registry)
         endpoints = self._registries.get(registry)
@@ -98,7 +98,7 @@ class Endpoints:
             most=config.max_backoff,
             max_retry_after=config.max_retry_after,
         )
-        return Turns(endpoints if mirrors else endpoints[-1:], patience, self)
+        return EndpointTurns(endpoints if mirrors else endpoints[-1:], patience, self)
 
     async def ask(
         self, registry: str, attempt: Callable[[Endpoint], Awaitable[T]], *, mirrors: bool = True
@@ -161,7 +161,7 @@ class Endpoints:
         ]
 
 
-class Turns:
+class EndpointTurns:
     """Whose turn it is, for one operation.
 
     Call `next`, try there, and say `failed` if that went wrong; `next` then gives the next endpoint, after a wait if

@@ -229,7 +229,7 @@ class CredentialProviders:
             try:
                 found = await provider.get(image) if provider.is_for(image) else None
             except DadiError as error:
-                self._fallbacks.note(FAILED, f"{image}: {error.message}")
+                self._fallbacks.note(FAILED, f"{image}: {error}")
                 continue
             if found is not None:
                 return found

@@ -24,7 +24,7 @@ from dadi.fallbacks import Fallbacks
 from dadi.oci.credentials import FixedCredentials
 from dadi.oci.reference import Reference
 from dadi.oci.registry import RegistryClient
-from dadi.originals.away import Away, Flights, slow
+from dadi.originals.away import Away, CallerFlights, slow
 from dadi.originals.caller import ANYBODY, Caller
 from dadi.originals.challenges import Challenges
 from dadi.originals.config import OriginalsConfig
@@ -55,7 +55,7 @@ class Access:
         self._away = away
         self._fallbacks = fallbacks
         self._clock = clock
-        self._flights = Flights()
+        self._flights = CallerFlights()
         self._granted: OrderedDict[_Key, float] = OrderedDict()
         """When the registry last accepted whom."""
         self._refused: OrderedDict[_Key, tuple[float, DadiError]] = OrderedDict()

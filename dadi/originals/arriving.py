@@ -23,7 +23,7 @@ from dadi.blobs.disk import DiskBlobs
 from dadi.errors import DadiError, DigestMismatch, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import DEFAULT_CHUNK_SIZE, Blob, ChunkTable
-from dadi.originals.original import Part, Stream, Whole
+from dadi.originals.original import OriginalPart, Stream, Whole
 
 log = structlog.get_logger()
 
@@ -99,7 +99,7 @@ class Arriving:
         """Whether nothing of it is under way any more."""
         return self._task.done()
 
-    async def parts(self, offset: int, length: int) -> AsyncGenerator[Part, None]:
+    async def parts(self, offset: int, length: int) -> AsyncGenerator[OriginalPart, None]:
         """See `Original`. Whoever comes when nobody reads it any more reads what is in the store."""
         if self._fd < 0:
             async with contextlib.aclosing(self._left().parts(offset, length)) as parts:
@@ -115,7 +115,7 @@ class Arriving:
                 moved = self._moved
                 ready = min(self.here, end) if self.verified else min(self.here, end - 1)
                 if ready > offset:
-                    yield Part(self._fd, offset, ready - offset)
+                    yield OriginalPart(self._fd, offset, ready - offset)
                     offset = ready
                 else:
                     await moved.wait()
@@ -167,7 +167,7 @@ class Arriving:
                 await self._store.commit(self._ingest, blob)
             except DadiError as error:
                 # Its readers have an open file: they read on.
-                self._fallbacks.note("original not kept", error.message)
+                self._fallbacks.note("original not kept", str(error))
         except DadiError as error:
             log.warning("a blob did not arrive", blob=self.digest, why=error.message)
             self._fail(error)

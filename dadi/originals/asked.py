@@ -26,7 +26,7 @@ KEEP = 900.0
 _MOST, _EACH = 10_000, 8
 
 
-class Asker(msgspec.Struct, eq=False):
+class AskedFor(msgspec.Struct, eq=False):
     """A caller, and the repository from which he wants the blob. `reading`: how many of his reads are under way."""
 
     ref: Reference
@@ -40,35 +40,35 @@ class Asked:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._blobs: Remembered[str, list[Asker]] = Remembered(KEEP, _MOST, clock, held=self._prune)
+        self._blobs: Remembered[str, list[AskedFor]] = Remembered(KEEP, _MOST, clock, held=self._prune)
 
     def __repr__(self) -> str:
         return f"Asked({len(self._blobs)} blobs)"
 
-    def add(self, digest: str, ref: Reference, caller: Caller) -> Asker:
+    def add(self, digest: str, ref: Reference, caller: Caller) -> AskedFor:
         """Remember who has just been let have a blob."""
         askers = self.of(digest)
         asker = next((one for one in askers if one.ref.name == ref.name and one.caller == caller), None)
         if asker is None:
-            asker = Asker(ref, caller, 0.0)
+            asker = AskedFor(ref, caller, 0.0)
         asker.until = self._clock() + KEEP
         self._blobs.put(digest, [asker, *(one for one in askers if one is not asker)][:_EACH])
         return asker
 
-    def of(self, digest: str) -> list[Asker]:
+    def of(self, digest: str) -> list[AskedFor]:
         """Return who asked for a blob, the last one first."""
         askers = self._blobs.peek(digest) or []
         self._prune(askers)
         return [*askers]
 
-    def drop(self, digest: str, asker: Asker) -> None:
+    def drop(self, digest: str, asker: AskedFor) -> None:
         """Forget one who was refused."""
         askers = self._blobs.peek(digest)
         if askers is not None:
             askers[:] = [one for one in askers if one is not asker]
 
     @contextlib.contextmanager
-    def reading(self, asker: Asker) -> Iterator[None]:
+    def reading(self, asker: AskedFor) -> Iterator[None]:
         """Keep him for as long as he reads."""
         asker.reading += 1
         try:
@@ -76,7 +76,7 @@ class Asked:
         finally:
             asker.reading -= 1
 
-    def _prune(self, askers: list[Asker]) -> bool:
+    def _prune(self, askers: list[AskedFor]) -> bool:
         """Drop whose time is over; return whether somebody is left."""
         now = self._clock()
         askers[:] = [one for one in askers if one.reading or not one.caller.authorization or one.until > now]

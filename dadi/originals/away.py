@@ -60,14 +60,14 @@ class _Flight(NamedTuple):
     who: Hashable
 
 
-class Flights:
+class CallerFlights:
     """One piece of work at a time for each key, shared by all who want it; it outlives whoever began it."""
 
     def __init__(self) -> None:
         self._flights: dict[Hashable, _Flight] = {}
 
     def __repr__(self) -> str:
-        return f"Flights({len(self._flights)})"
+        return f"CallerFlights({len(self._flights)})"
 
     async def join(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, T]], patience: float | None = None, *,
                    who: Hashable = None) -> T:  # fmt: skip

@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from dadi.errors import Unavailable
-from dadi.originals.away import Away, Flights, slow
+from dadi.originals.away import Away, CallerFlights, slow
 from dadi.originals.config import OriginalsConfig
 
 _MOST = 10_000
@@ -27,7 +27,7 @@ class Challenges:
         self._config = config
         self._away = away
         self._clock = clock
-        self._flights = Flights()
+        self._flights = CallerFlights()
         self._known: OrderedDict[str, tuple[float, str | None]] = OrderedDict()
 
     def __repr__(self) -> str:

@@ -39,14 +39,14 @@ from dadi.errors import AccessDenied, DadiError, DigestMismatch, Malformed, NotF
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
 from dadi.oci.reference import Reference
-from dadi.originals.asked import Asked, Asker
+from dadi.originals.asked import Asked, AskedFor
 from dadi.originals.caller import Caller
 from dadi.originals.documents import Document
 from dadi.originals.intake import Intake
 from dadi.originals.original import Awaited, Chunked, Original, Passing, check_size
 from dadi.originals.waiting import HEAD, Waiting
 from dadi.peers.shown import HEADER
-from dadi.peers.superpeers import Superpeers as Known
+from dadi.peers.superpeers import Superpeers
 from dadi.peers.token import MAX_TEXT
 from dadi.tls import Tls
 
@@ -88,14 +88,14 @@ _answer = msgspec.msgpack.Decoder(OriginalAnswer)
 _challenge = msgspec.json.Decoder(dict[str, str | None])
 
 
-class Superpeers:
+class FromSuperpeers:
     """See the head of this file. `store` is closed by who opened it."""
 
     def __init__(self, urls: Sequence[str], store: DiskBlobs, fallbacks: Fallbacks, *, connect: float = 3.0,
                  read: float = 30.0, tls: Tls | None = None, source: Source | None = None,
-                 on_table: OnTable | None = None, known: Known | None = None) -> None:  # fmt: skip
+                 on_table: OnTable | None = None, known: Superpeers | None = None) -> None:  # fmt: skip
         """`known`: whom to ask, in place of `urls`; closed by who made it. Raises ConfigError for what is no URL."""
-        self._known = Known(urls, fallbacks) if known is None else known
+        self._known = Superpeers(urls, fallbacks) if known is None else known
         self._owns_known = known is None
         self._on_table = on_table
         self._shared = source is not None
@@ -112,7 +112,7 @@ class Superpeers:
         self._chunks = SingleFlight(self._kept, by_chunk=self._shared)
 
     def __repr__(self) -> str:
-        return f"Superpeers({self._known!r})"
+        return f"FromSuperpeers({self._known!r})"
 
     # ---- documents
 
@@ -169,7 +169,7 @@ class Superpeers:
         try:
             await self._known.ready()
         except Unavailable as error:
-            self._fallbacks.note("superpeer not told of a push", error.message)
+            self._fallbacks.note("superpeer not told of a push", str(error))
         await asyncio.gather(*(tell(url) for url in self._known.names))
 
     # ---- blobs
@@ -184,7 +184,7 @@ class Superpeers:
         return Awaited(said.size, opening)
 
     async def _said(self, ref: Reference, digest: str, caller: Caller, more: dict[str, str] | None = None
-                    ) -> tuple[OriginalAnswer, Asker]:  # fmt: skip
+                    ) -> tuple[OriginalAnswer, AskedFor]:  # fmt: skip
         """Ask about a blob; who is answered is remembered as somebody who wants it."""
         said = await self._ask_about(ref, digest, caller, more or {})
         return said, self._asked.add(digest, ref, caller)
@@ -206,7 +206,7 @@ class Superpeers:
             await self._on_table(ref, blob, said.token)
         return said
 
-    def _open(self, said: OriginalAnswer, digest: str, asker: Asker, *, may_wait: bool) -> Original:
+    def _open(self, said: OriginalAnswer, digest: str, asker: AskedFor, *, may_wait: bool) -> Original:
         ref = asker.ref
         found = self._intake.find(digest)
         coming = self._intake.arriving(digest)
@@ -226,7 +226,7 @@ class Superpeers:
             digest, said.size, lambda _: self._stream(digest, said.size, asker), origin=ref.registry
         )
 
-    def _waiting(self, size: int, digest: str, asker: Asker) -> Original:
+    def _waiting(self, size: int, digest: str, asker: AskedFor) -> Original:
         """Return a blob that the superpeer gets first; if that takes too long, as a stream."""
         tries = 0
 
@@ -241,7 +241,7 @@ class Superpeers:
                     tries += 1
                     if tries >= _TRIES:
                         raise
-                    self._fallbacks.note("superpeer asked again for a chunk table", error.message)
+                    self._fallbacks.note("superpeer asked again for a chunk table", str(error))
                     await asyncio.sleep(0.1 * tries)
 
         def then(said: OriginalAnswer) -> Original:
@@ -270,7 +270,7 @@ class Superpeers:
         return not self._store.limit or size <= self._store.limit
 
     @contextlib.asynccontextmanager
-    async def _opened(self, asker: Asker) -> AsyncIterator[Source]:
+    async def _opened(self, asker: AskedFor) -> AsyncIterator[Source]:
         with self._asked.reading(asker):
             yield self._chunks
 
@@ -285,7 +285,7 @@ class Superpeers:
                 refused = error
         raise refused
 
-    async def _read_for(self, asker: Asker, blob: Blob, chunks: range) -> list[bytes]:
+    async def _read_for(self, asker: AskedFor, blob: Blob, chunks: range) -> list[bytes]:
         offset, length = blob.table.span(chunks)
         last = offset + length - 1
         async with self._ask(blob.digest, f"/v1/original/{blob.digest}", {"reference": str(asker.ref)}, asker.caller,
@@ -296,7 +296,7 @@ class Superpeers:
                 raise DigestMismatch("a superpeer sent more than the range it was asked for", source="superpeers")
             return parts
 
-    async def _stream(self, digest: str, size: int, asker: Asker, *, alone: bool = False
+    async def _stream(self, digest: str, size: int, asker: AskedFor, *, alone: bool = False
                       ) -> AsyncGenerator[bytes, None]:  # fmt: skip
         """Yield a blob from its start; where one superpeer breaks off the next goes on.
 
@@ -332,7 +332,7 @@ class Superpeers:
                     tries, failed_at = tries + 1, at
                     if tries >= _TRIES:
                         raise
-                    self._fallbacks.note("original broken off, gone on", error.message)
+                    self._fallbacks.note("original broken off, gone on", str(error))
 
     # ---- asking
 
@@ -361,7 +361,7 @@ class Superpeers:
             except Unreachable as error:
                 if answered or place + 1 == len(urls):
                     raise
-                self._fallbacks.note("superpeer passed over", f"{url}: {error.message}")
+                self._fallbacks.note("superpeer passed over", f"{url}: {error}")
 
     def statistics(self) -> dict[str, Any]:
         """Return counts for status and metrics."""

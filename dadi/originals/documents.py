@@ -22,7 +22,7 @@ from dadi import digest as digests
 from dadi.blobs.store import BlobStore
 from dadi.errors import DadiError, NotFound, StoreFull, Unavailable
 from dadi.fallbacks import Fallbacks
-from dadi.originals.away import Away, Flights, slow
+from dadi.originals.away import Away, CallerFlights, slow
 from dadi.originals.config import OriginalsConfig
 from dadi.originals.records import Record, Records
 
@@ -65,7 +65,7 @@ class Documents:
         self._config = config
         self._away = away
         self._fallbacks = fallbacks
-        self._flights = Flights()
+        self._flights = CallerFlights()
         self._recent: OrderedDict[str, bytes] = OrderedDict()
         """The bytes that were given last, by their digests: a tag's manifest is asked for by whole crowds."""
         self._recent_bytes = 0
@@ -86,7 +86,8 @@ class Documents:
                   immutable: bool = False, who: str = "", of: str = "") -> Document:  # fmt: skip
         """Return what `key` names. Raises what `fetch` and `revalidate` raise, unless something stale may be given.
 
-        `who`: whose credentials those two show, see `Flights.join`. `of`: what `changed` is told where this may have.
+        `who`: whose credentials those two show, see `CallerFlights.join`. `of`: what `changed` is told where
+        this may have.
         """
         record, changed = self._records.find(key), self._changed.get(of)
         if record is not None and self._store.has(record.digest):
@@ -131,7 +132,7 @@ class Documents:
             await self._records.learn(key, fetched.digest, len(fetched.raw), fetched.media_type, fetched.following,
                                       asked_at=asked_at)  # fmt: skip
         except StoreFull as error:
-            self._fallbacks.note("not kept: store full", error.message)
+            self._fallbacks.note("not kept: store full", str(error))
         return Document(fetched.raw, fetched.digest, fetched.media_type, fetched.following)
 
     async def confirm(self, key: str, digest: str, asked_at: float | None = None) -> bool:
@@ -168,7 +169,7 @@ class Documents:
             try:
                 raw = await self._store.get(record.digest)
             except DadiError as error:
-                self._fallbacks.note("local document not readable", error.message)
+                self._fallbacks.note("local document not readable", str(error))
                 return None
             if await asyncio.to_thread(digests.of, raw) != record.digest:
                 self._fallbacks.note("local document spoilt by our disk", record.key)

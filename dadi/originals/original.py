@@ -31,7 +31,7 @@ _STEP = 4 << 20
 """Bytes that are brought at a time of what is assembled from chunks."""
 
 
-class Part(msgspec.Struct, frozen=True):
+class OriginalPart(msgspec.Struct, frozen=True):
     """Bytes that may be given now: `length` bytes at `offset` of the file `fd`, or `data` where that is not None."""
 
     fd: int
@@ -48,7 +48,7 @@ class Original(Protocol):
         """Bytes of the blob."""
         ...
 
-    def parts(self, offset: int, length: int) -> AsyncGenerator[Part, None]:
+    def parts(self, offset: int, length: int) -> AsyncGenerator[OriginalPart, None]:
         """Yield the bytes [offset, offset + length), which lie in the blob, as they come; `length` is above 0.
 
         A part is good until the next one is asked for. Raises DigestMismatch, and what fetching raises.
@@ -71,10 +71,10 @@ class Whole:
         """See `Original`."""
         return self._blob.size
 
-    async def parts(self, offset: int, length: int) -> AsyncGenerator[Part, None]:
+    async def parts(self, offset: int, length: int) -> AsyncGenerator[OriginalPart, None]:
         """See `Original`. Raises NotFound if it has been evicted."""
         with self._store.open_device(self._blob) as file:
-            yield Part(file.fd, offset, length)
+            yield OriginalPart(file.fd, offset, length)
 
 
 Opened = Callable[[], AbstractAsyncContextManager[Source]]
@@ -101,7 +101,7 @@ class Chunked:
         """See `Original`."""
         return self._blob.size
 
-    async def parts(self, offset: int, length: int) -> AsyncGenerator[Part, None]:
+    async def parts(self, offset: int, length: int) -> AsyncGenerator[OriginalPart, None]:
         """See `Original`."""
         table, end = self._blob.table, offset + length
         chunks = table.covering(offset, length)
@@ -121,7 +121,7 @@ class Chunked:
                         first, size = table.span(step)
                         at, upto = max(first, offset), min(first + size, end)
                         found = data[at - first : upto - first] if data is not None else None
-                        yield Part(file.fd, at, upto - at, found)
+                        yield OriginalPart(file.fd, at, upto - at, found)
                 finally:
                     coming.cancel()
                     await asyncio.gather(coming, return_exceptions=True)
@@ -151,7 +151,7 @@ class Passing:
     def __repr__(self) -> str:
         return f"Passing({self._digest}, {self.size} bytes)"
 
-    async def parts(self, offset: int, length: int) -> AsyncGenerator[Part, None]:
+    async def parts(self, offset: int, length: int) -> AsyncGenerator[OriginalPart, None]:
         """See `Original`. All of the blob is read, whatever is asked for: there is no other way to verify it."""
         found = hashlib.sha256()
         at, end = 0, offset + length
@@ -163,12 +163,12 @@ class Passing:
                 at += len(piece)
                 if wanted:
                     if held:
-                        yield Part(-1, 0, len(held), held)
+                        yield OriginalPart(-1, 0, len(held), held)
                     held = wanted
         if at != self.size or "sha256:" + found.hexdigest() != self._digest:
             raise DigestMismatch(f"what came for {self._digest} is not that blob", hint="ask again: others may have it")
         self._on_verified()
-        yield Part(-1, 0, len(held), held)
+        yield OriginalPart(-1, 0, len(held), held)
 
 
 class EitherOr:
@@ -191,7 +191,7 @@ class EitherOr:
         """See `Original`."""
         return self.first.size
 
-    async def parts(self, offset: int, length: int) -> AsyncGenerator[Part, None]:
+    async def parts(self, offset: int, length: int) -> AsyncGenerator[OriginalPart, None]:
         """See `Original`."""
         given = 0
         try:
@@ -201,7 +201,7 @@ class EitherOr:
                     yield part
             return
         except (Unsupported, NotFound, StoreFull, AccessDenied) as error:
-            self._fallbacks.note("blob not assembled, fetched whole", error.message)
+            self._fallbacks.note("blob not assembled, fetched whole", str(error))
         if given < length:
             async with contextlib.aclosing(self._otherwise().parts(offset + given, length - given)) as parts:
                 async for part in parts:
@@ -218,7 +218,7 @@ class Awaited:
     def __repr__(self) -> str:
         return f"Awaited({self.size} bytes)"
 
-    async def parts(self, offset: int, length: int) -> AsyncGenerator[Part, None]:
+    async def parts(self, offset: int, length: int) -> AsyncGenerator[OriginalPart, None]:
         """See `Original`. Raises what the opening raises."""
         original = await self._opening()
         async with contextlib.aclosing(original.parts(offset, length)) as parts:

@@ -34,7 +34,7 @@ from dadi.oci.reference import Reference
 from dadi.oci.registry import RegistryClient
 from dadi.originals.access import Access
 from dadi.originals.arriving import Arriving
-from dadi.originals.away import Away, Flights, slow
+from dadi.originals.away import Away, CallerFlights, slow
 from dadi.originals.caller import Caller
 from dadi.originals.config import OriginalsConfig
 from dadi.originals.documents import Document, Documents, Fetched
@@ -72,7 +72,7 @@ class Originals:
         self.records = Records(state / "originals", most=config.most_records, clock=clock)
         self.access = Access(registry, config, self.records, self._away, fallbacks, clock)
         self.documents = Documents(store, self.records, config, self._away, fallbacks)
-        self._flights = Flights()
+        self._flights = CallerFlights()
         self.intake = Intake(store, fallbacks, clock)
         self._proving: dict[str, Intake] = {}
         """By registry: blobs that are here and that it has to send all the same."""

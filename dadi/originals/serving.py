@@ -16,7 +16,7 @@ from aiohttp import web
 from dadi.blobs.serving import send, write
 from dadi.errors import DadiError
 from dadi.originals import byte_range
-from dadi.originals.original import Original, Part
+from dadi.originals.original import Original, OriginalPart
 
 log = structlog.get_logger()
 
@@ -67,7 +67,7 @@ def _is_known(request: web.Request, etag: str) -> bool:
     return said == "*" or etag in [one.strip().removeprefix("W/") for one in said.split(",")]
 
 
-async def _send(request: web.Request, response: web.StreamResponse, part: Part) -> None:
+async def _send(request: web.Request, response: web.StreamResponse, part: OriginalPart) -> None:
     if part.data is None:
         await send(request, response, part.fd, part.offset, part.length)
         return

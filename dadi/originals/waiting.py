@@ -21,7 +21,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from dadi.errors import DigestMismatch
-from dadi.originals.original import Original, Part
+from dadi.originals.original import Original, OriginalPart
 
 if TYPE_CHECKING:
     from dadi.originals.client import OriginalAnswer
@@ -50,7 +50,7 @@ class Waiting:
     def __repr__(self) -> str:
         return f"Waiting({self.size} bytes)"
 
-    async def parts(self, offset: int, length: int) -> AsyncGenerator[Part, None]:
+    async def parts(self, offset: int, length: int) -> AsyncGenerator[OriginalPart, None]:
         """See `Original`."""
         given = bytearray()
         until = time.monotonic() + PATIENCE
@@ -65,13 +65,13 @@ class Waiting:
             if head := said.head[:missing]:
                 given += head
                 until = time.monotonic() + PATIENCE
-                yield Part(-1, 0, len(head), head)
+                yield OriginalPart(-1, 0, len(head), head)
         async with contextlib.aclosing(_rest(self._then(said), offset, length, bytes(given))) as parts:
             async for part in parts:
                 yield part
 
 
-async def _rest(original: Original, offset: int, length: int, given: bytes) -> AsyncGenerator[Part, None]:
+async def _rest(original: Original, offset: int, length: int, given: bytes) -> AsyncGenerator[OriginalPart, None]:
     """Yield what follows `given`; raise DigestMismatch if that is not how the range begins."""
     at = 0
     async with contextlib.aclosing(original.parts(offset, length)) as parts:
@@ -91,4 +91,4 @@ async def _rest(original: Original, offset: int, length: int, given: bytes) -> A
             at += count
             if count < part.length:
                 rest = data[count:] if data is not None else None
-                yield Part(part.fd, part.offset + count, part.length - count, rest)
+                yield OriginalPart(part.fd, part.offset + count, part.length - count, rest)

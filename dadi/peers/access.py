@@ -85,7 +85,7 @@ class Access:
             headers = shown.header(credentials)
         except DadiError as error:
             # What is public is read all the same; for the rest the superpeer says that it needs credentials.
-            self._fallbacks.note("no credentials to show", f"{reference}: {error.message}")
+            self._fallbacks.note("no credentials to show", f"{reference}: {error}")
             return Caller(reference)
         if credentials is None:
             return Caller(reference)
@@ -143,7 +143,7 @@ class Access:
                     tuple(text for part in parts for text in part.renewals),
                 )
             except TokenRefused as error:
-                self._fallbacks.note("renewal refused, asked anew", f"{image.reference}: {error.message}")
+                self._fallbacks.note("renewal refused, asked anew", f"{image.reference}: {error}")
         return await self._token(url, image, headers)
 
     async def _token(self, url: str, image: ImageTokens, headers: dict[str, str]) -> _Granted:

@@ -220,7 +220,7 @@ class Asking:
         else:
             following = chooser.failed(ask, upstream, now)
         if following is not None:
-            self._fallbacks.note("upstream passed over", f"{upstream}: {error.message}")
+            self._fallbacks.note("upstream passed over", f"{upstream}: {error}")
             self._ask(wish, following)
             self._wake_at(ask.due)
         elif not ask.tries:

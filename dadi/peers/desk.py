@@ -28,7 +28,7 @@ from dadi.errors import Conflict, InvalidRequest, Unavailable
 from dadi.peers.bodies import answer, message
 from dadi.peers.directory import Directory, Settings
 from dadi.peers.group import Group
-from dadi.peers.places import Changed, Heartbeat, Join, Joined, Leave, Peer, Place, Proofs
+from dadi.peers.places import Changed, Heartbeat, Join, JoinAnswer, Leave, Peer, Place, Proofs
 from dadi.peers.pressure import Pressure
 
 _MAX_BODY = 1 << 20
@@ -84,7 +84,7 @@ class Desk:
 
     # ---- what mates ask, and this node itself
 
-    def join(self, peer: Peer, said: Join) -> Joined:
+    def join(self, peer: Peer, said: Join) -> JoinAnswer:
         """Return the places of a mate."""
         now = self._tidy()
         self.joins += 1
@@ -96,7 +96,7 @@ class Desk:
             for about, fault in said.reports:
                 self.directory.report(peer.id, about, fault, now)
             places = {blob: self.directory.join(peer, blob, now, said.without) for blob in said.blobs}
-        return Joined(places, self._every, self._proofs_of(places))
+        return JoinAnswer(places, self._every, self._proofs_of(places))
 
     def heartbeat(self, peer: Peer, said: Heartbeat) -> Changed:
         """Take in what a mate says; return its new places."""

@@ -41,7 +41,7 @@ from dadi.peers.places import (
     Heartbeat,
     Introduce,
     Join,
-    Joined,
+    JoinAnswer,
     Leave,
     Peer,
     Place,
@@ -105,7 +105,7 @@ class DirectoryClient:
 
         async def ask(url: str, some: Sequence[str]) -> None:
             for part in self._parts(some, MAX_JOINED):
-                answer = await self._post(url, "join", Join(peer, tuple(part), unwanted, said), Joined, part)
+                answer = await self._post(url, "join", Join(peer, tuple(part), unwanted, said), JoinAnswer, part)
                 self.heartbeat_every = answer.heartbeat
                 places.update((blob, answer.places[blob]) for blob in part if blob in answer.places)
 
@@ -233,7 +233,7 @@ class DirectoryClient:
             async with self._superpeers.asking(url, self._health):
                 await ask(url, list(group.values()))
         except _Later as error:
-            self._fallbacks.note("directory asked later", f"{url}: in {error.seconds:g} s: {error.message}")
+            self._fallbacks.note("directory asked later", f"{url}: in {error.seconds:g} s: {error}")
             return error
         except DadiError as error:
             self._superpeers.passed_over(url, error)

@@ -32,7 +32,7 @@ from dadi.peers.desk import Desk
 from dadi.peers.directory_client import DirectoryClient, Report, Trees
 from dadi.peers.group import SUPERPEER
 from dadi.peers.health import Event, Health
-from dadi.peers.places import MAX_JOINED, Changed, Heartbeat, Join, Joined, Leave, Peer, Place, Told
+from dadi.peers.places import MAX_JOINED, Changed, Heartbeat, Join, JoinAnswer, Leave, Peer, Place, Told
 from dadi.peers.superpeers import SETTINGS
 from dadi.peers.tokens import Tokens
 
@@ -115,7 +115,7 @@ class GroupedDirectory:
             try:
                 await self.introduce()
             except DadiError as error:
-                self._fallbacks.note("group not asked for", error.message)
+                self._fallbacks.note("group not asked for", str(error))
             except Exception as error:  # a mistake of ours must not end it
                 log.exception("introducing failed")
                 self._fallbacks.note("group not asked for", repr(error))
@@ -185,12 +185,12 @@ class GroupedDirectory:
         for delegate in delegates:
             if delegate in without:
                 continue
-            answer = await self._ask(delegate, "join", said, Joined)
+            answer = await self._ask(delegate, "join", said, JoinAnswer)
             if answer is not None:
                 return self._taken(answer, blobs, delegate)
         return {}
 
-    def _taken(self, answer: Joined | Changed, blobs: Iterable[str], delegate: str) -> dict[str, Place]:
+    def _taken(self, answer: JoinAnswer | Changed, blobs: Iterable[str], delegate: str) -> dict[str, Place]:
         """Return those of a delegate's places that can be used."""
         places: dict[str, Place] = {}
         for blob in blobs:
@@ -270,7 +270,7 @@ class GroupedDirectory:
             return answer
         except DadiError as error:
             self.passed_over += 1
-            self._fallbacks.note("delegate passed over", f"{delegate}: {error.message}")
+            self._fallbacks.note("delegate passed over", f"{delegate}: {error}")
             return None
 
     async def _post(self, delegate: str, verb: str, said: msgspec.Struct, kind: Any) -> Any:

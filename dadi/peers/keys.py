@@ -266,7 +266,7 @@ class Keys:
         try:
             return KnownKeys(await self._fetch(url), url)  # whoever answers is not gone
         except DadiError as error:
-            self._fallbacks.note("keys not renewed, known ones used", f"{url}: {error.message}")
+            self._fallbacks.note("keys not renewed, known ones used", f"{url}: {error}")
             return self._known.get(url)
 
     async def _keep_asking(self) -> None:

@@ -60,7 +60,7 @@ class Resolver:
             if image in self._rests:
                 return False
             self._rests[image] = now + _REST
-            self._fallbacks.note("image forgotten by superpeers, resolved again", f"{image[0]}: {error.message}")
+            self._fallbacks.note("image forgotten by superpeers, resolved again", f"{image[0]}: {error}")
             task = self._under_way[image] = asyncio.create_task(self._run(*image))
             task.add_done_callback(lambda done: self._ended(image, done))
         try:

@@ -39,7 +39,7 @@ _YOUNG = 60.0
 _WITHOUT_FOR = 60.0
 
 
-class Directory(Protocol):
+class JoiningDirectory(Protocol):
     """What of `grouped.GroupedDirectory` is needed here; a `directory_client.DirectoryClient` has it, too."""
 
     waits: dict[str, float]
@@ -79,7 +79,7 @@ async def well() -> Condition:
 class Membership:
     """See the head of this file."""
 
-    def __init__(self, peer: Peer, directory: Directory, asking: Asking, fallbacks: Fallbacks, *,
+    def __init__(self, peer: Peer, directory: JoiningDirectory, asking: Asking, fallbacks: Fallbacks, *,
                  in_use: Callable[[], Iterable[Blob]], present: Callable[[Blob], tuple[int, bool]],
                  condition: Callable[[], Awaitable[Condition]] = well,
                  clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
@@ -191,7 +191,7 @@ class Membership:
             places = await self._directory.join(self.peer, digests, sorted(without), health.reports())
             self._learn(places)
         except DadiError as error:
-            self._fallbacks.note("join failed", error.message)
+            self._fallbacks.note("join failed", str(error))
         except Exception as error:  # a mistake of ours must not end it for all blobs
             log.exception("joining failed")
             self._fallbacks.note("join failed", repr(error))
@@ -247,7 +247,7 @@ class Membership:
             try:
                 await self.beat()
             except DadiError as error:
-                self._fallbacks.note("heartbeat failed", error.message)
+                self._fallbacks.note("heartbeat failed", str(error))
             except Exception as error:  # see `_join`
                 log.exception("heartbeat failed")
                 self._fallbacks.note("heartbeat failed", repr(error))

@@ -25,7 +25,7 @@ from dadi.peers.frames import Frames
 from dadi.peers.health import Health
 from dadi.peers.hops import HOPS
 from dadi.peers.line import HttpLine, Line
-from dadi.peers.membership import Condition, Directory, Membership, well
+from dadi.peers.membership import Condition, JoiningDirectory, Membership, well
 from dadi.peers.pipe import Wish
 from dadi.peers.places import Peer
 from dadi.peers.tokens import Tokens
@@ -51,7 +51,7 @@ class Parents:
 
     name = "parents"
 
-    def __init__(self, peer: Peer, directory: Directory, order: Callable[[str], Sequence[str]],
+    def __init__(self, peer: Peer, directory: JoiningDirectory, order: Callable[[str], Sequence[str]],
                  session: aiohttp.ClientSession, health: Health, frames: Frames, fallbacks: Fallbacks, *,
                  in_use: Callable[[], Iterable[Blob]], present: Callable[[Blob], tuple[int, bool]],
                  condition: Callable[[], Awaitable[Condition]] = well, compress: bool = True, scheme: str = "http",

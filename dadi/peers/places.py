@@ -147,7 +147,7 @@ Proofs = dict[Digest, dict[Id, Proof]]
 """By blob and parent: what the parents that a delegate names have shown it."""
 
 
-class Joined(msgspec.Struct, frozen=True):
+class JoinAnswer(msgspec.Struct, frozen=True):
     """The node's places by blob, and every how many seconds it is to be heard of."""
 
     places: dict[Digest, Place]
@@ -156,7 +156,7 @@ class Joined(msgspec.Struct, frozen=True):
 
 
 class Changed(msgspec.Struct, frozen=True):
-    """What a heartbeat has changed: new places by blob. `heartbeat`: as in `Joined`; 0: as before.
+    """What a heartbeat has changed: new places by blob. `heartbeat`: as in `JoinAnswer`; 0: as before.
 
     `unproven`: blobs that are not known of the node, and that the token it has shown does not name: they are believed
     when they are told again with one that does.
@@ -185,7 +185,7 @@ class Grouped(msgspec.Struct, frozen=True):
     """A node's group: its members at the addresses that the superpeer vouches for, the node itself among them.
 
     `mates` is None where nothing has changed since the version that the node knows, empty where it has no group.
-    `heartbeat`: as in `Joined`.
+    `heartbeat`: as in `JoinAnswer`.
     """
 
     version: Count

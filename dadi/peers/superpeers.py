@@ -147,7 +147,7 @@ class Superpeers:
 
     def passed_over(self, name: str, error: DadiError) -> None:
         """Note that somebody else is asked because of an error."""
-        self._fallbacks.note("superpeer passed over", f"{name}: {error.message}")
+        self._fallbacks.note("superpeer passed over", f"{name}: {error}")
 
     def state(self, name: str) -> str:
         """Return "good", "dropped" or "probing"."""

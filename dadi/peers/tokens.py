@@ -168,7 +168,7 @@ class Tokens:
         try:
             self._put(_Held(image, self._clock(), fresh=True))
         except TokenRefused as error:
-            self._fallbacks.note("tokens that make no sense left out", f"{image.reference}: {error.message}")
+            self._fallbacks.note("tokens that make no sense left out", f"{image.reference}: {error}")
             return
         await self._save()
 
@@ -226,11 +226,11 @@ class Tokens:
         try:
             fresh = await self.renew(held.image)
         except Unavailable as error:
-            self._fallbacks.note("tokens not renewed", f"{held.image.reference}: {error.message}")
+            self._fallbacks.note("tokens not renewed", f"{held.image.reference}: {error}")
             raise
         except DadiError as error:
             held.refused = error
-            self._fallbacks.note("tokens refused", f"{held.image.reference}: {error.message}")
+            self._fallbacks.note("tokens refused", f"{held.image.reference}: {error}")
             raise
         if self._images.get((held.image.reference, held.image.platform)) not in (held, None):
             return  # it was resolved meanwhile

@@ -27,7 +27,7 @@ from dadi.errors import DadiError, StoreFull
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
 from dadi.prefetch.rate import Bucket
-from dadi.prefetch.trace import Chunk, Group, Report, Trace
+from dadi.prefetch.trace import Chunk, Report, StartGroup, Trace
 
 _RUN = 1 << 20
 _FLIGHTS = 16
@@ -67,7 +67,7 @@ class Replay:
     def __repr__(self) -> str:
         return f"Replay({self.name}, {len(self.taken)} of {len(set().union(*self._groups))} chunks)"
 
-    def _fitting(self, trace: Trace, group: Group) -> list[Chunk]:
+    def _fitting(self, trace: Trace, group: StartGroup) -> list[Chunk]:
         sizes = dict(trace.blobs)
         return [
             (digest, chunk) for digest, chunk in trace.chunks(group)
@@ -120,7 +120,7 @@ class Replay:
                 wanted.sort()
                 here = [chunk for run in runs(wanted) for chunk in await self._store.missing(blob, run)]
             except DadiError as error:
-                self._fallbacks.note("startup trace not replayed", error.message)
+                self._fallbacks.note("startup trace not replayed", str(error))
                 self._full = isinstance(error, StoreFull)
                 continue
             for run in runs(here):
@@ -134,7 +134,7 @@ class Replay:
         try:
             parts = await self._chain.read(blob, run, Urgency.STARTUP)
         except DadiError as error:
-            self._fallbacks.note("startup trace not replayed", f"{blob}: {error.message}")
+            self._fallbacks.note("startup trace not replayed", f"{blob}: {error}")
         else:
             self.fetched_chunks += len(parts)
             self.bytes += sum(map(len, parts))

@@ -99,7 +99,7 @@ class Message(msgspec.Struct, frozen=True, array_like=True):
     forwarded: bool = False
 
 
-class Group(msgspec.Struct, frozen=True, array_like=True):
+class StartGroup(msgspec.Struct, frozen=True, array_like=True):
     """One way in which the image is started, as `recordings` starts saw it."""
 
     recordings: _Count
@@ -111,14 +111,14 @@ class Trace(msgspec.Struct, frozen=True, array_like=True):
 
     manifest: Digest
     blobs: _Blobs
-    groups: Annotated[tuple[Group, ...], Meta(max_length=MOST_GROUPS)]
+    groups: Annotated[tuple[StartGroup, ...], Meta(max_length=MOST_GROUPS)]
 
-    def chunks(self, group: Group) -> list[Chunk]:
+    def chunks(self, group: StartGroup) -> list[Chunk]:
         """Return a group's chunks in order."""
         return [(self.blobs[blob][0], chunk) for blob, chunk, _ in group.steps]
 
 
-class Kept(msgspec.Struct, frozen=True, array_like=True):
+class KeptTrace(msgspec.Struct, frozen=True, array_like=True):
     """What a superpeer keeps of an image on disk, the newest last. `dropped`: how often its trace was found useless."""
 
     manifest: Digest
@@ -134,17 +134,17 @@ class Given(NamedTuple):
     wanted: bool
 
 
-T = TypeVar("T", Trace, Message, Kept)
+T = TypeVar("T", Trace, Message, KeptTrace)
 _encoder = msgspec.msgpack.Encoder()
 
 
-def encode(thing: Trace | Message | Kept) -> bytes:
+def encode(thing: Trace | Message | KeptTrace) -> bytes:
     """Return the bytes; deterministic."""
     return _magic(type(thing)) + _encoder.encode(thing)
 
 
 def decode(data: bytes | bytearray, kind: type[T]) -> T:
-    """Return a Trace, a Message or a Kept; raise Malformed for what is none, or contradicts itself."""
+    """Return a Trace, a Message or a KeptTrace; raise Malformed for what is none, or contradicts itself."""
     magic = _magic(kind)
     if data[: len(magic)] != magic:
         raise Malformed(f"no startup {kind.__name__.lower()}: wrong magic")
@@ -159,7 +159,7 @@ def check(thing: T) -> T:
     """Return what was given; raise Malformed if its parts do not fit each other."""
     if isinstance(thing, Trace):
         parts: list[tuple[_Blobs, _Steps]] = [(thing.blobs, ()), *((thing.blobs, g.steps) for g in thing.groups)]
-    elif isinstance(thing, Kept):
+    elif isinstance(thing, KeptTrace):
         parts = [_parts(recording) for recording in thing.recordings]
     else:
         parts = [_parts(thing.recording)] if thing.recording else []
@@ -179,7 +179,7 @@ def _parts(recording: Recording) -> tuple[_Blobs, _Steps]:
     return recording.blobs, recording.steps
 
 
-def _magic(kind: type[Trace | Message | Kept]) -> bytes:
+def _magic(kind: type[Trace | Message | KeptTrace]) -> bytes:
     return {Trace: _MAGIC_TRACE, Message: _MAGIC_MESSAGE}.get(kind, _MAGIC_KEPT)
 
 
@@ -210,7 +210,7 @@ def ratio(reports: Iterable[Report]) -> float | None:
 # ---- merging
 
 
-def added(kept: Kept, recording: Recording) -> Kept:
+def added(kept: KeptTrace, recording: Recording) -> KeptTrace:
     """Return what is kept, with one more recording; of each node and group the newest stays, and so many in all.
 
     What was borrowed of a group goes when there are `_ENOUGH_OWN` starts of our own that are like it. What a node could
@@ -275,7 +275,7 @@ def _least(group: Sequence[Recording], new: Recording) -> Recording:
     return min(group, key=lambda each: len(each.watched()))
 
 
-def merged(kept: Kept) -> Trace | None:
+def merged(kept: KeptTrace) -> Trace | None:
     """Return the trace of what is kept; None if there is nothing to replay."""
     blobs = sorted({pair for recording in kept.recordings for pair in recording.blobs})
     places = {digest: place for place, (digest, _) in enumerate(blobs)}
@@ -337,7 +337,7 @@ def _alike(one: _Seen, other: _Seen) -> float:
     return same / union if union else 1.0
 
 
-def _group(recordings: Sequence[Recording], places: Mapping[str, int]) -> Group:
+def _group(recordings: Sequence[Recording], places: Mapping[str, int]) -> StartGroup:
     seen: dict[Chunk, list[tuple[int, int, int]]] = {}
     watchers: Counter[str] = Counter()
     unsure: Counter[Chunk] = Counter()
@@ -359,4 +359,4 @@ def _group(recordings: Sequence[Recording], places: Mapping[str, int]) -> Group:
         at = median_low([at for width, _, at in found if width == most])
         rows.append(((rank + 4) * of // len(found), places[key[0]], key[1], at))
     rows.sort()
-    return Group(len(recordings), tuple((blob, chunk, at) for _, blob, chunk, at in rows[:MOST_STEPS]))
+    return StartGroup(len(recordings), tuple((blob, chunk, at) for _, blob, chunk, at in rows[:MOST_STEPS]))

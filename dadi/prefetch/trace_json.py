@@ -14,7 +14,7 @@ import msgspec
 
 from dadi.errors import InvalidRequest, Malformed
 from dadi.prefetch import trace
-from dadi.prefetch.trace import Group, Recording, Trace
+from dadi.prefetch.trace import Recording, StartGroup, Trace
 
 FORMAT = "dadi startup trace 1"
 _SAME = 10
@@ -51,7 +51,7 @@ def recordings(found: Trace, source: str = "import") -> list[Recording]:
     return [Recording(f"{source}-{place}", found.blobs, group.steps) for place, group in enumerate(found.groups)]
 
 
-def _joined(group: Group) -> list[list[int]]:
+def _joined(group: StartGroup) -> list[list[int]]:
     rows: list[list[int]] = []
     for blob, chunk, at in group.steps:
         last = rows[-1] if rows else None

@@ -24,7 +24,7 @@ from dadi.errors import InvalidRequest, Malformed, NotFound, TooLarge, Unsupport
 from dadi.oci import media_types
 from dadi.oci.index_document import encode_descriptor
 from dadi.oci.manifest import MAX_SIZE, Descriptor
-from dadi.publish.local import REF_NAME, Extent, LocalImages, layout_in, open_at, read_at
+from dadi.publish.local import REF_NAME, FileExtent, LocalImages, layout_in, open_at, read_at
 
 _MAX_MEMBERS = 100_000
 _PACKED = {b"\x1f\x8b": media_types.OCI_LAYER_GZIP, b"\x28\xb5\x2f\xfd": media_types.OCI_LAYER_ZSTD}
@@ -57,11 +57,11 @@ def open_archive(path: Path) -> LocalImages:
         raise NotFound(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _members(path: Path, file: IO[bytes]) -> dict[str, Extent]:
+def _members(path: Path, file: IO[bytes]) -> dict[str, FileExtent]:
     if file.read(4).startswith(tuple(_PACKED)):
         raise Unsupported(f"{path} is compressed", hint="unpack it first: blobs are read from its middle")
     file.seek(0)
-    found: dict[str, Extent] = {}
+    found: dict[str, FileExtent] = {}
     links: dict[str, str] = {}
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -70,7 +70,7 @@ def _members(path: Path, file: IO[bytes]) -> dict[str, Extent]:
                     raise TooLarge(f"{path} has more than {_MAX_MEMBERS} members")
                 name = os.path.normpath(member.name)
                 if member.isreg() and not member.issparse():
-                    found[name] = Extent(path, member.offset_data, member.size, False)
+                    found[name] = FileExtent(path, member.offset_data, member.size, False)
                 elif member.issym():  # a layer that another image of the archive has too
                     links[name] = os.path.normpath(os.path.join(os.path.dirname(name), member.linkname))
                 elif member.islnk():
@@ -83,7 +83,7 @@ def _members(path: Path, file: IO[bytes]) -> dict[str, Extent]:
     return found
 
 
-def _old_archive(where: str, members: dict[str, Extent]) -> LocalImages:
+def _old_archive(where: str, members: dict[str, FileExtent]) -> LocalImages:
     try:
         listed = members["manifest.json"]
         saved = msgspec.json.decode(read_at(listed, MAX_SIZE, f"the manifest.json of {where}"), type=list[_Saved])
@@ -92,7 +92,7 @@ def _old_archive(where: str, members: dict[str, Extent]) -> LocalImages:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(f"{where}: not a valid manifest.json: {error}") from None
     entries: list[Descriptor] = []
-    extra: dict[str, bytes | Extent] = {}
+    extra: dict[str, bytes | FileExtent] = {}
     for image in saved:
         manifest = _manifest_for(where, image, members, extra)
         digest = digests.of(manifest)
@@ -103,10 +103,11 @@ def _old_archive(where: str, members: dict[str, Extent]) -> LocalImages:
     return LocalImages(where, lambda name: None, tuple(entries), extra, made=True)
 
 
-def _manifest_for(where: str, image: _Saved, members: dict[str, Extent], extra: dict[str, bytes | Extent]) -> bytes:
+def _manifest_for(where: str, image: _Saved, members: dict[str, FileExtent],
+                  extra: dict[str, bytes | FileExtent]) -> bytes:  # fmt: skip
     """Return a manifest for an image of the old form; enter config and layers by their digests."""
 
-    def member(name: str) -> Extent:
+    def member(name: str) -> FileExtent:
         try:
             return members[os.path.normpath(name)]
         except KeyError:
@@ -138,7 +139,7 @@ def _diff_ids(config: bytes) -> list[str]:
         raise Malformed(f"not a valid image config: {error}") from None
 
 
-def _layer(extent: Extent, diff_id: str) -> Descriptor:
+def _layer(extent: FileExtent, diff_id: str) -> Descriptor:
     with open_at(extent) as file:
         head = file.read(min(4, extent.size))
         for magic, media_type in _PACKED.items():
@@ -147,7 +148,7 @@ def _layer(extent: Extent, diff_id: str) -> Descriptor:
     return Descriptor(media_types.OCI_LAYER, diff_id, extent.size)
 
 
-def _hash(file: IO[bytes], extent: Extent) -> str:
+def _hash(file: IO[bytes], extent: FileExtent) -> str:
     found = hashlib.sha256()
     file.seek(extent.offset)
     left = extent.size

@@ -22,7 +22,7 @@ from dadi.oci.manifest import Descriptor, Index, Manifest
 from dadi.oci.platforms import Platform
 from dadi.oci.reference import Reference
 from dadi.oci.registry import RegistryClient
-from dadi.publish.local import Extent, LocalImages, stream
+from dadi.publish.local import FileExtent, LocalImages, stream
 
 _MAX_DEPTH = 3
 """Indexes within indexes."""
@@ -33,7 +33,7 @@ class Origin(Protocol):
     """One place that a blob can be read from."""
 
     @property
-    def extent(self) -> Extent | None:
+    def extent(self) -> FileExtent | None:
         """Where the blob stands in a file of this machine, if it does."""
         ...
 
@@ -68,8 +68,8 @@ class ImageSource(Protocol):
 
 
 class _FromFile:
-    def __init__(self, extent: Extent) -> None:
-        self.extent: Extent | None = extent
+    def __init__(self, extent: FileExtent) -> None:
+        self.extent: FileExtent | None = extent
         self._extent = extent
 
     def open(self) -> AsyncGenerator[bytes, None]:
@@ -77,7 +77,7 @@ class _FromFile:
 
 
 class _FromRegistry:
-    extent: Extent | None = None
+    extent: FileExtent | None = None
 
     def __init__(self, client: RegistryClient, ref: Reference, layer: Descriptor, mirrors: bool) -> None:
         self._client, self._ref, self._layer, self._mirrors = client, ref, layer, mirrors

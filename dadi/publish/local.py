@@ -34,7 +34,7 @@ _FALLBACK = re.compile(r"sha256-[0-9a-f]{64}")
 """Names under which registries without the referrers API keep lists of referrers; not of images."""
 
 
-class Extent(msgspec.Struct, frozen=True):
+class FileExtent(msgspec.Struct, frozen=True):
     """Where the bytes of a blob stand; `whole` if they are all of the file."""
 
     path: Path
@@ -43,7 +43,7 @@ class Extent(msgspec.Struct, frozen=True):
     whole: bool
 
 
-Find = Callable[[str], Extent | None]
+Find = Callable[[str], FileExtent | None]
 """Return where a member, named relative to the top, stands; None if there is none."""
 
 
@@ -51,7 +51,7 @@ class LocalImages:
     """The images of one layout or archive, and all of its blobs."""
 
     def __init__(
-        self, where: str, find: Find, entries: tuple[Descriptor, ...], extra: dict[str, bytes | Extent], made: bool
+        self, where: str, find: Find, entries: tuple[Descriptor, ...], extra: dict[str, bytes | FileExtent], made: bool
     ) -> None:
         self.where = where
         self.entries = entries
@@ -78,10 +78,10 @@ class LocalImages:
         what = f"no image {' or '.join(map(repr, wanted))}" if wanted else f"{len(images)} images, and none is named"
         raise NotFound(f"{self.where} has {what}", hint=f"there is {known}" if images else "it has no image at all")
 
-    def blob(self, digest: str) -> Extent | None:
+    def blob(self, digest: str) -> FileExtent | None:
         """Return where a blob stands; None if it is not here. Blocks."""
         made = self._extra.get(digest)
-        return made if isinstance(made, Extent) else self._find(f"blobs/sha256/{digests.parse(digest)[7:]}")
+        return made if isinstance(made, FileExtent) else self._find(f"blobs/sha256/{digests.parse(digest)[7:]}")
 
     def read(self, descriptor: Descriptor, limit: int) -> bytes:
         """Return a document, verified. Blocks."""
@@ -108,10 +108,10 @@ def _is_fallback(entry: Descriptor) -> bool:
 def open_layout(directory: Path) -> LocalImages:
     """Return the images of an OCI layout. Blocks."""
 
-    def find(name: str) -> Extent | None:
+    def find(name: str) -> FileExtent | None:
         path = directory / name
         try:
-            return Extent(path, 0, path.stat().st_size, True)
+            return FileExtent(path, 0, path.stat().st_size, True)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -121,7 +121,7 @@ def open_layout(directory: Path) -> LocalImages:
         raise NotFound(f"{directory} cannot be read: {error.strerror}") from None
 
 
-async def stream(extent: Extent) -> AsyncGenerator[bytes, None]:
+async def stream(extent: FileExtent) -> AsyncGenerator[bytes, None]:
     """Yield the bytes of a blob; NotFound if the file is gone or cut off."""
     file = await opened(lambda: open_at(extent))
     left = extent.size
@@ -139,7 +139,7 @@ async def stream(extent: Extent) -> AsyncGenerator[bytes, None]:
         file.close()
 
 
-def open_at(extent: Extent) -> IO[bytes]:
+def open_at(extent: FileExtent) -> IO[bytes]:
     """Return the file that has a blob, at the blob's first byte. Blocks."""
     try:
         file = extent.path.open("rb", buffering=0)
@@ -149,11 +149,11 @@ def open_at(extent: Extent) -> IO[bytes]:
     return file
 
 
-def _unreadable(extent: Extent, error: OSError) -> NotFound:
+def _unreadable(extent: FileExtent, error: OSError) -> NotFound:
     return NotFound(f"{extent.path} cannot be read: {error.strerror or error}")
 
 
-def read_at(extent: Extent, limit: int, what: str) -> bytes:
+def read_at(extent: FileExtent, limit: int, what: str) -> bytes:
     """Return a blob; TooLarge, which names `what`, if it has more than `limit` bytes. Blocks."""
     if extent.size > limit:
         raise TooLarge(f"{what} has {extent.size} bytes; the limit is {limit}")

@@ -31,7 +31,7 @@ from dadi.oci.push import INSTEAD
 from dadi.oci.reference import Reference
 from dadi.oci.referrers import fallback_tag
 from dadi.oci.registry import RegistryClient
-from dadi.publish.local import REF_NAME, Extent, names_of, stream
+from dadi.publish.local import REF_NAME, FileExtent, names_of, stream
 from dadi.publish.progress import Part, Progress
 
 Content = bytes | Path
@@ -75,7 +75,7 @@ class RegistryTarget:
         if isinstance(content, bytes):
             source = content
         else:
-            extent = Extent(content, 0, descriptor.size, True)
+            extent = FileExtent(content, 0, descriptor.size, True)
             source = lambda: stream(extent)  # noqa: E731
         progress.expect(size=descriptor.size)
         with self._refusals(f"blob {descriptor.digest}"):

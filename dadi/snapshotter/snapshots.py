@@ -25,11 +25,11 @@ import structlog
 from dadi.errors import AlreadyExists, Conflict, DadiError
 from dadi.fallbacks import Fallbacks
 from dadi.snapshotter import filters, overlay
+from dadi.snapshotter.database_thread import DatabaseThread
 from dadi.snapshotter.db import Database, Lineage
 from dadi.snapshotter.directories import Directories, overlay_options
 from dadi.snapshotter.images import LazyImages
-from dadi.snapshotter.kept import Kept
-from dadi.snapshotter.lazy_layers import LazyLayers
+from dadi.snapshotter.lazy_mounts import LazyMounts
 from dadi.snapshotter.model import REF, Info, Kind, Mount, Usage, checked_labels, checked_name, unpacked_layer
 
 log = structlog.get_logger()
@@ -42,7 +42,7 @@ class Snapshots:
     Unavailable for the disk, and Malformed for a damaged database.
     """
 
-    def __init__(self, root: Path, lazy: LazyLayers, kept: Kept) -> None:
+    def __init__(self, root: Path, lazy: LazyMounts, kept: DatabaseThread) -> None:
         self.root = root
         self.lazy = lazy
         self._kept = kept
@@ -72,8 +72,8 @@ class Snapshots:
 
         `keep_idle`: an image on which nothing stands stays mounted for so long, in seconds.
         """
-        kept = Kept()
-        self = cls(root, LazyLayers(images, kept, fallbacks, keep_idle=keep_idle), kept)
+        kept = DatabaseThread()
+        self = cls(root, LazyMounts(images, kept, fallbacks, keep_idle=keep_idle), kept)
         try:
             await asyncio.to_thread(partial(root.mkdir, mode=0o700, parents=True, exist_ok=True))
             await kept.open(root, replace_damaged=replace_damaged)

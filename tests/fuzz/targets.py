@@ -123,7 +123,7 @@ def _frame(data: bytes) -> None:
 
 
 def _trace(data: bytes) -> None:
-    for kind in (trace.Trace, trace.Message, trace.Kept):
+    for kind in (trace.Trace, trace.Message, trace.KeptTrace):
         with contextlib.suppress(DadiError):
             trace.decode(data, kind)
 

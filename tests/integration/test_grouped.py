@@ -39,7 +39,7 @@ from dadi.peers.grouped import GroupedDirectory
 from dadi.peers.health import Health
 from dadi.peers.health import Settings as Patience
 from dadi.peers.parents import Parents
-from dadi.peers.places import Heartbeat, Join, Joined, Peer, Place, Told
+from dadi.peers.places import Heartbeat, Join, JoinAnswer, Peer, Place, Told
 from dadi.peers.pressure import Pressure
 from dadi.peers.server import PeerServer
 from dadi.peers.superpeers import Superpeers
@@ -376,7 +376,7 @@ async def test_a_delegate_that_lies_leads_nowhere_but_to_mates(rack: Rack) -> No
     async def lie(request: web.Request) -> web.Response:
         said = msgspec.json.decode(await request.read(), type=Join)
         places = {blob: Place(9, 2, strangers) for blob in said.blobs}
-        return web.Response(body=msgspec.json.encode(Joined(places, 3600.0)), content_type="application/json")
+        return web.Response(body=msgspec.json.encode(JoinAnswer(places, 3600.0)), content_type="application/json")
 
     first.before = lie
     others = rack.others(first)

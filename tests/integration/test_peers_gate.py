@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from dadi.peers.directory_client import DirectoryClient
-from dadi.peers.places import Changed, Heartbeat, Join, Joined, Peer, Told
+from dadi.peers.places import Changed, Heartbeat, Join, JoinAnswer, Peer, Told
 from superpeer import peers as directory
 from superpeer.config import PeersConfig
 from tests.fakes.registry import FakeRegistry
@@ -72,7 +72,7 @@ async def test_who_has_no_token_for_a_blob_does_not_join_it_and_is_not_believed_
         code, body = await post(run, "join", Join(Peer("victim", "x:7071", "z", "r", 2), (blob,)),
                                 run.client.tokens.headers(blob))  # fmt: skip
         assert code == 200
-        assert msgspec.json.decode(body, type=Joined).places[blob].parents == ()
+        assert msgspec.json.decode(body, type=JoinAnswer).places[blob].parents == ()
 
 
 async def test_after_a_restart_a_node_is_back_in_the_trees_of_all_its_images_with_one_heartbeat(

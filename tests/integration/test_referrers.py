@@ -19,7 +19,7 @@ from dadi.errors import TooLarge
 from dadi.index import artifact as artifacts
 from dadi.index import signature
 from dadi.index.image import FIRST_SIGHT, REFERRER
-from dadi.index.layer import Room
+from dadi.index.layer import DecodeRoom
 from dadi.index.tar import TarLimits
 from dadi.oci import media_types, platforms
 from dadi.oci.manifest import Descriptor
@@ -191,7 +191,7 @@ async def test_the_indexes_of_all_layers_of_an_image_share_one_room(
         accepted = await found.find(reference, resolved)
         assert accepted is not None
         assert accepted.room.entries == TarLimits().max_entries, "by default what one layer may have"
-        accepted = msgspec.structs.replace(accepted, room=Room(entries, 1 << 20))
+        accepted = msgspec.structs.replace(accepted, room=DecodeRoom(entries, 1 << 20))
         pairs = zip(resolved.manifest.layers, resolved.diff_ids, strict=True)
         with contextlib.nullcontext() if fits else pytest.raises(TooLarge, match="entries, where"):
             await asyncio.gather(*(found.layer(reference, accepted, *pair) for pair in pairs))

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from dadi import digest as digests
 from dadi.originals import service
-from dadi.originals.client import Superpeers
+from dadi.originals.client import FromSuperpeers
 from tests.fakes.registry import FakeRegistry, Fault, cut, status
 from tests.lab.proxies import proxied
 from tests.lab.services import running
@@ -137,7 +137,7 @@ async def test_chunks_are_read_for_another_caller_where_one_is_refused(tmp_path:
         private.tokens.discard("a")
         run.superpeer.originals.access._granted.clear()
         upstream, blob = proxy.proxy.upstream, run.superpeer.store.find(DIGEST)
-        assert isinstance(upstream, Superpeers)
+        assert isinstance(upstream, FromSuperpeers)
         assert blob is not None
         assert [one.caller.authorization for one in upstream._asked.of(DIGEST)] == ["Bearer a", "Bearer b"]
         assert await upstream.read(blob, range(1)) == [LAYER[: blob.table.chunk_size]]

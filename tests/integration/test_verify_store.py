@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.layout import MAGIC, BlobDirectory
-from dadi.blobs.verifying import Checked, Pace, verify
+from dadi.blobs.verifying import Checked, ReadingPace, verify
 from dadi.cli.main import cli
 from dadi.errors import InvalidRequest, Unavailable, Unsupported
 from dadi.index.chunks import Blob, ChunkTable, blob_of
@@ -45,7 +45,7 @@ async def store(tmp_path: Path) -> AsyncIterator[DiskBlobs]:
 
 
 async def found(store: DiskBlobs) -> list[Checked]:
-    return [checked async for checked in verify(store, Pace(0), lambda length: None)]
+    return [checked async for checked in verify(store, ReadingPace(0), lambda length: None)]
 
 
 def flip(path: Path, at: int) -> None:
@@ -147,7 +147,7 @@ async def test_it_reads_no_faster_than_it_is_told() -> None:
         slept.append(seconds)
         now += seconds
 
-    pace = Pace(1000.0, clock=lambda: now, sleep=sleep)
+    pace = ReadingPace(1000.0, clock=lambda: now, sleep=sleep)
     for _ in range(4):
         await pace.keep(500)
     assert slept == [0.5, 0.5, 0.5]

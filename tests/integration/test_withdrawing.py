@@ -19,12 +19,12 @@ from dadi.blobs import files
 from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.layout import BlobDirectory
 from dadi.blobs.serving import Compressor
-from dadi.blobs.verifying import Pace, verify
+from dadi.blobs.verifying import ReadingPace, verify
 from dadi.errors import Conflict, StoreFull, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob, blob_of
 from dadi.node import verifying
-from dadi.node.devices import Device, Devices, DeviceState
+from dadi.node.devices import BlobDevice, Devices, DeviceState
 from dadi.node.state_files import check
 from dadi.node.verifying import Verifying
 from dadi.peers.server import _packed_if_right
@@ -132,7 +132,7 @@ async def test_claims_of_an_unclean_stop_that_are_wrong_are_told_at_the_pace(tmp
     store = DiskBlobs(tmp_path / "store")
     await asyncio.to_thread(flip, store.data_path(BLOB), 3 * C)
     seen: list[int] = []
-    (checked,) = [checked async for checked in verify(store, Pace(0), seen.append)]
+    (checked,) = [checked async for checked in verify(store, ReadingPace(0), seen.append)]
     assert (checked.bad, checked.bytes, sum(seen)) == ((3,), 8 * C, 8 * C)
     assert await store.missing(BLOB) == [3, 8]
     await store.close()
@@ -181,13 +181,13 @@ class Session:
 
 
 @contextlib.asynccontextmanager
-async def local_device(store: DiskBlobs, blob: Blob = BLOB) -> AsyncIterator[tuple[Devices, Device, Any]]:
+async def local_device(store: DiskBlobs, blob: Blob = BLOB) -> AsyncIterator[tuple[Devices, BlobDevice, Any]]:
     """A local device over a blob that is whole; it was made by the chunk table of `blob`."""
     await take_in(store, DATA)
     anything: Any = None
     session: Any = Session()
     devices = Devices(store, anything, session, anything, Fallbacks())
-    device, loop = Device(blob), Loop()
+    device, loop = BlobDevice(blob), Loop()
     untyped: Any = device
     untyped.loop, device.users, device.state = loop, 1, DeviceState.LOCAL
     device.file = device.resources.enter_context(store.open_device(blob))

@@ -17,7 +17,7 @@ from dadi.index import artifact as artifacts
 from dadi.index import layer, seek
 from dadi.index.artifact import Artifact, IndexedLayer
 from dadi.index.chunks import ChunkTable, table_of
-from dadi.index.layer import Entry, Kind, LayerIndex, Room
+from dadi.index.layer import DecodeRoom, Entry, Kind, LayerIndex
 from dadi.index.seek import COMPRESSED_CHUNK, FIRST, Form, SeekTable
 from dadi.oci import manifest as manifests
 from dadi.oci import media_types
@@ -148,7 +148,7 @@ def test_some_hundred_bytes_do_not_become_many_millions_of_entries() -> None:
 
 def test_the_layers_of_an_image_may_share_a_room() -> None:
     index = msgspec.structs.replace(INDEX, entries=tuple(Entry(b"%d" % n, Kind.DIRECTORY) for n in range(10)))
-    blob, room = artifacts.index_blob(layer.encode(index)), Room(25)
+    blob, room = artifacts.index_blob(layer.encode(index)), DecodeRoom(25)
     artifacts.decode_layer(blob, room)
     artifacts.decode_layer(blob, room)
     with pytest.raises(TooLarge):

@@ -127,7 +127,7 @@ async def test_a_device_that_reads_its_local_file_by_buffered_io_says_so(monkeyp
     session: Any = FuseSession()
     store: Any = Store()
     node: Any = Devices(store, None, session, None, fallbacks)
-    device: Any = devices.Device(BLOB)
+    device: Any = devices.BlobDevice(BLOB)
     device.users = 1
     device.loop = loop.LoopDevice("/dev/loop9", -1)
     monkeypatch.setattr(loop.LoopDevice, "swap", lambda self, path: False)

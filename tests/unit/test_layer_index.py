@@ -18,11 +18,11 @@ from dadi.index.layer import (
     MAX_ENTRIES,
     MAX_METADATA,
     VERSION,
+    DecodeRoom,
     Entry,
     Extent,
     Kind,
     LayerIndex,
-    Room,
     decode,
     encode,
 )
@@ -161,24 +161,27 @@ NAME = msgspec.msgpack.encode(Entry(b"n" * 100_000, Kind.DIRECTORY))
 
 def test_the_limits_are_those_of_the_tar_parser() -> None:
     assert TarLimits() == TarLimits(max_entries=MAX_ENTRIES, max_metadata_size=MAX_METADATA)
-    assert (Room().entries, Room().metadata) == (MAX_ENTRIES, MAX_METADATA)
+    assert (DecodeRoom().entries, DecodeRoom().metadata) == (MAX_ENTRIES, MAX_METADATA)
 
 
 @pytest.mark.parametrize(
     ("count", "entry", "room"),
     [
-        (MAX_ENTRIES + 1, SMALLEST, Room()),
-        (4 * MAX_ENTRIES, SMALLEST, Room()),
-        (100_000, SMALLEST, Room(99_999)),
-        (400, XATTRS, Room(metadata=8 << 20)),
-        (1000, EXTENTS, Room(metadata=8 << 20)),
-        (100, NAME, Room(metadata=8 << 20)),
-        (1, msgspec.msgpack.encode(Entry(b"a", Kind.FILE, size=9, extents=(Extent(0, 0, 0),) * 2_200_000)), Room()),
-        (1, msgspec.msgpack.encode(Entry(b"a", Kind.FIFO, xattrs=((b"ab", b"cd"),) * 1_200_000)), Room()),
+        (MAX_ENTRIES + 1, SMALLEST, DecodeRoom()),
+        (4 * MAX_ENTRIES, SMALLEST, DecodeRoom()),
+        (100_000, SMALLEST, DecodeRoom(99_999)),
+        (400, XATTRS, DecodeRoom(metadata=8 << 20)),
+        (1000, EXTENTS, DecodeRoom(metadata=8 << 20)),
+        (100, NAME, DecodeRoom(metadata=8 << 20)),
+        (1, msgspec.msgpack.encode(Entry(b"a", Kind.FILE, size=9, extents=(Extent(0, 0, 0),) * 2_200_000)),
+         DecodeRoom()),
+        (1, msgspec.msgpack.encode(Entry(b"a", Kind.FIFO, xattrs=((b"ab", b"cd"),) * 1_200_000)), DecodeRoom()),
     ],
     ids=["entries", "many entries", "entries left", "xattrs", "extents", "names", "one's extents", "one's xattrs"],
 )
-def test_an_index_above_its_room_is_refused_before_its_memory_is_taken(count: int, entry: bytes, room: Room) -> None:
+def test_an_index_above_its_room_is_refused_before_its_memory_is_taken(
+    count: int, entry: bytes, room: DecodeRoom
+) -> None:
     data = of_wire(count, entry)
     tracemalloc.start()
     try:
@@ -196,7 +199,7 @@ def test_an_index_above_its_room_is_refused_before_its_memory_is_taken(count: in
     ids=["xattrs", "extents", "name", "smallest"],
 )
 def test_what_fits_costs_memory_in_proportion_to_the_room(entry: bytes, cost: int) -> None:
-    room = Room(40_000, 8 << 20)
+    room = DecodeRoom(40_000, 8 << 20)
     data = of_wire((8 << 20) // cost, entry)
     tracemalloc.start()
     try:
@@ -209,7 +212,7 @@ def test_what_fits_costs_memory_in_proportion_to_the_room(entry: bytes, cost: in
 
 
 def test_layers_share_a_room_and_a_refusal_says_what_is_left() -> None:
-    room = Room(5, 100)
+    room = DecodeRoom(5, 100)
     decode(encode(index_of(Entry(b"a" * 30, Kind.DIRECTORY), Entry(b"b" * 30, Kind.DIRECTORY))), room)
     assert (room.entries, room.metadata) == (3, 40)
     with pytest.raises(TooLarge, match="above 40 bytes"):
@@ -231,7 +234,7 @@ def test_whatever_the_tar_parser_takes_is_taken_and_no_more(kind: str) -> None:
     tar = MEMBERS[kind] + tars.END
     taken = fewest(lambda size: tars.parse(tar, limits=TarLimits(max_metadata_size=size)))
     data = encode(index_of(*tars.parse(tar)))
-    assert fewest(lambda size: decode(data, Room(metadata=size))) == taken > 50
+    assert fewest(lambda size: decode(data, DecodeRoom(metadata=size))) == taken > 50
 
 
 def fewest(read: Callable[[int], object]) -> int:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dadi.errors import DigestMismatch, Unavailable
 from dadi.originals import waiting
 from dadi.originals.client import OriginalAnswer
-from dadi.originals.original import Original, Part
+from dadi.originals.original import Original, OriginalPart
 from dadi.originals.waiting import HEAD, Waiting
 
 DATA = bytes(range(256)) * 200
@@ -27,12 +27,12 @@ class Given:
         self._file, self._data, self._piece = file, data, piece
         self.size = len(data)
 
-    async def parts(self, offset: int, length: int) -> AsyncGenerator[Part, None]:
+    async def parts(self, offset: int, length: int) -> AsyncGenerator[OriginalPart, None]:
         fd = os.open(self._file, os.O_RDONLY)
         try:
             for number, at in enumerate(range(offset, offset + length, self._piece)):
                 count = min(self._piece, offset + length - at)
-                yield Part(fd, at, count, self._data[at : at + count] if number % 2 else None)
+                yield OriginalPart(fd, at, count, self._data[at : at + count] if number % 2 else None)
         finally:
             os.close(fd)
 

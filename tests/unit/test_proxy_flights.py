@@ -9,8 +9,8 @@ import pytest
 
 from dadi.errors import AccessDenied, Unavailable
 from dadi.oci.reference import Reference
-from dadi.originals.asked import KEEP, Asked, Asker
-from dadi.originals.away import Away, Flights
+from dadi.originals.asked import KEEP, Asked, AskedFor
+from dadi.originals.away import Away, CallerFlights
 from dadi.originals.caller import ANYBODY, Caller
 from dadi.originals.challenges import Challenges
 from dadi.originals.config import OriginalsConfig
@@ -46,7 +46,7 @@ class Work:
 
 
 async def results(work: Work, *names: str) -> list[object]:
-    flights = Flights()
+    flights = CallerFlights()
     joined = [asyncio.create_task(flights.join("key", lambda name=name: work(name), who=name)) for name in names]
     await asyncio.sleep(0)
     work.gate.set()
@@ -71,13 +71,13 @@ async def test_another_error_is_everybodys() -> None:
         await asyncio.sleep(0)
         raise Unavailable("away")
 
-    flights = Flights()
+    flights = CallerFlights()
     found = await asyncio.gather(*(flights.join("key", fails, who=name) for name in "abc"), return_exceptions=True)
     assert {type(one) for one in found} == {Unavailable}
 
 
 async def test_patience_is_for_all_attempts_together() -> None:
-    work, flights = Work(), Flights()
+    work, flights = Work(), CallerFlights()
     with pytest.raises(TimeoutError):
         await flights.join("key", lambda: work("any"), 0.01, who="any")
     await flights.close()
@@ -180,7 +180,7 @@ async def test_credentials_of_who_asked_for_a_blob_are_forgotten_and_anonymous_c
     time.now += KEEP + 1
     asked._blobs.purge()
     assert [one.caller for one in asked.of(DIGEST)] == [ANYBODY]
-    held = [one for one in gc.get_objects() if isinstance(one, Asker) and one.caller == ANNE]
+    held = [one for one in gc.get_objects() if isinstance(one, AskedFor) and one.caller == ANNE]
     assert held == [], "nobody has them any more"
     asked.close()
 

@@ -22,7 +22,7 @@ from dadi.index.layer import VERSION, LayerIndex
 from dadi.oci import media_types
 from dadi.oci.manifest import Descriptor
 from dadi.publish import layer as layers
-from dadi.publish.local import Extent, read_at, stream
+from dadi.publish.local import FileExtent, read_at, stream
 from dadi.publish.packed import PackedLayer, Packer
 from dadi.publish.progress import Progress
 from dadi.publish.work import opened
@@ -35,7 +35,7 @@ WANTED = Descriptor(media_types.OCI_LAYER_GZIP, digests.of(BLOB), len(BLOB))
 
 
 class FromMemory:
-    extent: Extent | None = None
+    extent: FileExtent | None = None
 
     def open(self) -> AsyncGenerator[bytes, None]:
         return self._pieces()
@@ -47,7 +47,7 @@ class FromMemory:
 
 class FromFile:
     def __init__(self, path: Path) -> None:
-        self.extent: Extent | None = Extent(path, 0, len(BLOB), True)
+        self.extent: FileExtent | None = FileExtent(path, 0, len(BLOB), True)
         self._extent = self.extent
 
     def open(self) -> AsyncGenerator[bytes, None]:
@@ -136,7 +136,7 @@ async def test_a_local_layer_that_vanishes_is_not_called_a_full_disk(
 
 
 async def test_a_local_blob_that_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    extent = Extent(tmp_path, 0, 10, True)  # a directory opens, and does not read
+    extent = FileExtent(tmp_path, 0, 10, True)  # a directory opens, and does not read
     monkeypatch.setattr("dadi.publish.local.open_at", lambda _: Unreadable())
     with pytest.raises(NotFound, match="cannot be read"):
         await anext(stream(extent))

@@ -22,7 +22,7 @@ from dadi.oci import platforms
 from dadi.oci.manifest import Descriptor, Manifest
 from dadi.publish.archive import open_archive
 from dadi.publish.images import LocalImage, select
-from dadi.publish.local import Extent, LocalImages, open_layout, stream
+from dadi.publish.local import FileExtent, LocalImages, open_layout, stream
 from tests.lab import images
 from tests.lab.layers import file, tar_of
 from tests.lab.oci_layout import Image, Layout
@@ -176,7 +176,7 @@ async def test_a_file_that_is_cut_off_gives_an_error_and_no_end(tmp_path: Path) 
     path = tmp_path / "blob"
     path.write_bytes(b"short")
     with pytest.raises(NotFound, match="shorter"):
-        [_ async for _ in stream(Extent(path, 0, 6, True))]
+        [_ async for _ in stream(FileExtent(path, 0, 6, True))]
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

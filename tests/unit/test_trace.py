@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dadi.errors import InvalidRequest, Malformed
 from dadi.index.chunks import blob_of
 from dadi.prefetch import trace, trace_json
-from dadi.prefetch.trace import Group, Kept, Message, Recording, Report, Trace
+from dadi.prefetch.trace import KeptTrace, Message, Recording, Report, StartGroup, Trace
 
 MANIFEST = "sha256:" + "ab" * 32
 A, B, C = (f"sha256:{letter * 64}" for letter in "abc")
@@ -25,8 +25,8 @@ def recording(node: str, *chunks: tuple[str, int], blobs: tuple[str, ...] = (A, 
     return Recording(node, tuple((blob, SIZE) for blob in blobs), steps)
 
 
-def kept(*recordings: Recording) -> Kept:
-    found = Kept(MANIFEST)
+def kept(*recordings: Recording) -> KeptTrace:
+    found = KeptTrace(MANIFEST)
     for each in recordings:
         found = trace.added(found, each)
     return found
@@ -163,7 +163,7 @@ def test_starts_that_saw_a_part_never_make_the_trace_of_a_whole_one_worse(
     found = merged(*others[:place], whole, *others[place:])
     assert len(found.groups) == 1
     assert chunks_of(found) == order
-    assert trace.decode(trace.encode(kept(*others, whole)), Kept).recordings[-1] == whole
+    assert trace.decode(trace.encode(kept(*others, whole)), KeptTrace).recordings[-1] == whole
 
 
 def test_what_was_borrowed_is_the_trace_until_starts_here_say_otherwise() -> None:
@@ -195,7 +195,7 @@ def test_what_is_kept_is_bounded_and_the_trace_names_only_what_was_recorded(foun
     assert len(result.groups) <= trace.MOST_GROUPS
     assert set().union(*map(result.chunks, result.groups)) <= {c for each in found for c in each.chunks()}
     assert trace.decode(trace.encode(result), Trace) == result
-    assert trace.decode(trace.encode(all_of), Kept) == all_of
+    assert trace.decode(trace.encode(all_of), KeptTrace) == all_of
     again = trace_json.from_json(msgspec.json.decode(msgspec.json.encode(trace_json.to_json(result))))
     assert list(map(again.chunks, again.groups)) == list(map(result.chunks, result.groups))
 
@@ -206,7 +206,7 @@ def test_the_bytes_do_not_depend_on_the_order_in_which_recordings_came(
 ) -> None:
     shuffled = list(found)
     source.shuffle(shuffled)
-    one, other = (trace.merged(Kept(MANIFEST, tuple(each))) for each in (found, shuffled))
+    one, other = (trace.merged(KeptTrace(MANIFEST, tuple(each))) for each in (found, shuffled))
     assert (one and trace.encode(one)) == (other and trace.encode(other))
 
 
@@ -219,7 +219,7 @@ def test_of_many_groups_and_recordings_those_of_the_last_starts_stay() -> None:
 
 @given(st.binary(max_size=300))
 def test_garbage_is_malformed(data: bytes) -> None:
-    for kind, magic in ((Trace, b"DADITRC1"), (Message, b"DADIREC1"), (Kept, b"DADITRK1")):
+    for kind, magic in ((Trace, b"DADITRC1"), (Message, b"DADIREC1"), (KeptTrace, b"DADITRK1")):
         for raw in (data, magic + data):
             try:
                 trace.decode(raw, kind)
@@ -242,18 +242,18 @@ def test_a_trace_with_a_changed_byte_is_another_trace_or_malformed(at: int, chan
 @pytest.mark.parametrize(
     "wrong",
     [
-        Trace(MANIFEST, ((A, SIZE),), (Group(1, ((1, 0, 0),)),)),
-        Trace(MANIFEST, ((A, SIZE),), (Group(1, ((0, 0, 0), (0, 0, 5))),)),
+        Trace(MANIFEST, ((A, SIZE),), (StartGroup(1, ((1, 0, 0),)),)),
+        Trace(MANIFEST, ((A, SIZE),), (StartGroup(1, ((0, 0, 0), (0, 0, 5))),)),
         Trace(MANIFEST, ((A, SIZE), (A, SIZE)), ()),
         Trace("../../etc", (), ()),
         Trace(MANIFEST + "\n", ((A, 3),), ()),
-        Trace(MANIFEST, ((A, SIZE),), (Group(1, tuple((0, n, 0) for n in range(trace.MOST_STEPS + 1))),)),
-        Trace(MANIFEST, ((A, SIZE),), tuple(Group(1, ()) for _ in range(trace.MOST_GROUPS + 1))),
-        Trace(MANIFEST, ((A, SIZE),), (Group(1, ((0, -1, 0),)),)),
+        Trace(MANIFEST, ((A, SIZE),), (StartGroup(1, tuple((0, n, 0) for n in range(trace.MOST_STEPS + 1))),)),
+        Trace(MANIFEST, ((A, SIZE),), tuple(StartGroup(1, ()) for _ in range(trace.MOST_GROUPS + 1))),
+        Trace(MANIFEST, ((A, SIZE),), (StartGroup(1, ((0, -1, 0),)),)),
         Message(MANIFEST, Recording("n", ((A, SIZE),), ((1, 0, 0),))),
         Message(MANIFEST, Recording("n" * 200, (), ())),
         Message(MANIFEST, Recording("n", ((A, SIZE),), ((0, 0, 0),), (1,))),
-        Kept(MANIFEST, (Recording("n", ((A, SIZE),), ((0, 0, 0),), (0, 7)),)),
+        KeptTrace(MANIFEST, (Recording("n", ((A, SIZE),), ((0, 0, 0),), (0, 7)),)),
     ],
 )
 def test_what_contradicts_itself_or_breaks_a_limit_is_malformed(wrong: Any) -> None:

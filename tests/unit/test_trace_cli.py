@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from dadi.cli import trace as verb
 from dadi.cli.main import cli
 from dadi.prefetch import trace_json
-from dadi.prefetch.trace import Group, Trace
+from dadi.prefetch.trace import StartGroup, Trace
 
 A = "sha256:" + "a" * 64
-FOUND = Trace("sha256:" + "b" * 64, ((A, 4096),), (Group(3, ((0, 7, 0), (0, 8, 1), (0, 2, 1500))),))
+FOUND = Trace("sha256:" + "b" * 64, ((A, 4096),), (StartGroup(3, ((0, 7, 0), (0, 8, 1), (0, 2, 1500))),))
 ROW = {"replayed": True, "used_chunks": 3, "trace_chunks": 3, "hit_ratio": 1.0, "covered": 0.75}
 
 

@@ -16,7 +16,7 @@ from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob, blob_of
 from dadi.prefetch.rate import Bucket
 from dadi.prefetch.replay import Replay
-from dadi.prefetch.trace import Chunk, Group, Trace
+from dadi.prefetch.trace import Chunk, StartGroup, Trace
 
 SIZE = 256 << 10
 MANIFEST = "sha256:" + "ab" * 32
@@ -64,7 +64,7 @@ class World:
     def replay(self, *groups: list[tuple[Blob, int]], size: int = SIZE) -> Replay:
         blobs = ((A.digest, size), (B.digest, SIZE), ("sha256:" + "0" * 64, SIZE))
         places = {A: 0, B: 1}
-        steps = [Group(1, tuple((places[blob], chunk, 0) for blob, chunk in group)) for group in groups]
+        steps = [StartGroup(1, tuple((places[blob], chunk, 0) for blob, chunk in group)) for group in groups]
         return Replay(Trace(MANIFEST, blobs, tuple(steps)), "t", BLOBS, self.store, self.chain, self.fallbacks,
                       seen=lambda: self.seen)  # fmt: skip
 

@@ -18,10 +18,10 @@ import structlog
 
 from dadi.errors import DadiError, Malformed, Unavailable, Unsupported
 from dadi.fallbacks import Fallbacks
+from dadi.snapshotter.database_thread import DatabaseThread
 from dadi.snapshotter.db import Database
 from dadi.snapshotter.flights import Flights
 from dadi.snapshotter.images import LazyImage, LazyImages
-from dadi.snapshotter.kept import Kept
 from dadi.snapshotter.model import LazyLayer, Request, request_in
 
 log = structlog.get_logger()
@@ -33,10 +33,10 @@ _Place = tuple[str, int]
 """An image index's digest, and how many of its layers."""
 
 
-class LazyLayers:
+class LazyMounts:
     """See the head of this file."""
 
-    def __init__(self, images: LazyImages, kept: Kept, fallbacks: Fallbacks, *, keep_idle: float,
+    def __init__(self, images: LazyImages, kept: DatabaseThread, fallbacks: Fallbacks, *, keep_idle: float,
                  clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
         self.images = images
         self.made = {"lazy": 0, "ordinary": 0}
@@ -53,7 +53,7 @@ class LazyLayers:
         self._idle_since: dict[_Place, float] = {}
 
     def __repr__(self) -> str:
-        return f"LazyLayers({len(self._noted)} mounts)"
+        return f"LazyMounts({len(self._noted)} mounts)"
 
     # ---- deciding
 

@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 from dadi.errors import AlreadyExists, InvalidRequest, NotFound, StoreFull, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.snapshotter.db import Database
-from dadi.snapshotter.lazy_layers import NOT_LAZY
+from dadi.snapshotter.lazy_mounts import NOT_LAZY
 from dadi.snapshotter.model import Kind, LazyLayer, Usage
 from dadi.snapshotter.snapshots import Snapshots
 from tests.fakes.lazy_images import FakeImages, Layer, NoImages, chain_ids, labels_for, sha
@@ -496,10 +496,10 @@ async def test_a_layer_does_not_wait_for_ever_for_its_image_nor_the_next_one_ane
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.images.gate = asyncio.Event()
-    monkeypatch.setattr("dadi.snapshotter.lazy_layers.PATIENCE", 0.01)
+    monkeypatch.setattr("dadi.snapshotter.lazy_mounts.PATIENCE", 0.01)
     await world.snapshots.prepare("k0", "", labels_for(CHAIN[0], REF))
     assert "still not resolved" in world.why()
-    monkeypatch.setattr("dadi.snapshotter.lazy_layers.PATIENCE", 600.0)
+    monkeypatch.setattr("dadi.snapshotter.lazy_mounts.PATIENCE", 600.0)
     world.snapshots.lazy._clock = lambda: asyncio.get_running_loop().time() + 700
     await world.snapshots.prepare("k1", "", labels_for(CHAIN[0], REF))
     assert world.images.calls["resolve"] == 1

@@ -15,7 +15,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Kept:
+class DatabaseThread:
     """`await kept(Database.get, name)`. A caller that is cancelled: the transaction happens whole or not at all, and
     before every transaction that is asked for later.
     """
