@@ -3,8 +3,16 @@
     want ──► Chooser.begin ──► Pipe.want          a pipe an upstream: it joins, sends and reads
                                  │ came ────────► the flight has landed; whoever else was asked is told to drop it
                                  │ waits, begins  the chooser hears of it
-                                 └ failed ──────► by kind of error: lied, busy, lacks, failed; the next one is asked
+                                 └ failed ──────► the chooser hears what, and says who is asked next
     a timer ──► Chooser.due ──► Pipe.want         hedges, and those whose upstreams have been dropped
+
+    error of an upstream        chooser    besides
+    Busy                        busy       the peer that it names is asked first from now on, if it is a parent
+    DigestMismatch              lied
+    RefusedAnew, of a peer      failed     it serves nobody any more
+    NotFound, InvalidRequest    lacks      it is no parent of the blob any more; the directory is asked for another
+    AccessDenied                lacks      it becomes the last parent: it is perhaps us who are refused, by all of them
+    whatever else               failed
 
 A flight belongs to the process: who wanted it may go away, others may be waiting. This is what makes a chunk come down
 each edge once, also where two links of the chain ask for it at the same time.
@@ -24,19 +32,20 @@ from dadi.blobs.source import Urgency
 from dadi.errors import AccessDenied, DadiError, DigestMismatch, InvalidRequest, NotFound, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
-from dadi.peers import stream
-from dadi.peers.choose import Ask, Chooser, Settings
+from dadi.peers.choose import Chooser
 from dadi.peers.frames import Frames
 from dadi.peers.health import Health
+from dadi.peers.lanes import Wish
 from dadi.peers.line import Busy, Line, RefusedAnew
-from dadi.peers.pipe import Pipe, Wish
+from dadi.peers.patience import TRIES
+from dadi.peers.pipe import Pipe
 from dadi.peers.places import Place
+from dadi.peers.tries import Ask
 
 log = structlog.get_logger()
 _LOOK_AGAIN = 0.001
 _STALLED, _GRACE = 0.03, 0.2
 """Seconds: a timer that fires so late has been held up by this process; and how long what has come may then take."""
-_SETTINGS = Settings(waiting=stream.SIGN_EVERY)
 _Key = tuple[str, int, int]
 
 
@@ -120,7 +129,7 @@ class Asking:
         """Return the chooser of a blob; a new one knows superpeers only."""
         chooser = self.choosers.get(digest)
         if chooser is None:
-            chooser = self.choosers[digest] = Chooser(self.health, self._order(digest), _SETTINGS)
+            chooser = self.choosers[digest] = Chooser(self.health, self._order(digest), TRIES)
         return chooser
 
     def learn(self, digest: str, place: Place) -> None:
@@ -191,43 +200,43 @@ class Asking:
     def failed(self, wish: Wish, upstream: str, error: DadiError) -> None:
         """See `pipe.Asker`."""
         assert isinstance(wish, Flight)
-        chooser, ask, now = wish.chooser, wish.ask, self._clock()
         # What an upstream cannot make sense of says nothing of the read: it waits for one that can.
         told = Unavailable(error.message, hint=error.hint) if isinstance(error, InvalidRequest) else error
         wish.error = told if wish.error is None or told.retryable or not wish.error.retryable else wish.error
-        if isinstance(error, Busy):
-            self.counts["busy"] += 1
-            if error.instead in chooser.parents and error.instead != upstream:
-                behind = (parent for parent in chooser.parents if parent != error.instead)
-                chooser.parents = (error.instead, *behind)
-            following = chooser.busy(ask, upstream, now, error.retry_after or 0.0)
-        elif isinstance(error, DigestMismatch):
-            self.counts["wrong"] += 1
-            self.pipes[upstream].wrong += 1
-            log.error("wrong bytes, thrown away", source=upstream, blob=wish.blob.digest, why=error.message)
-            following = chooser.lied(ask, upstream, now)
-        elif isinstance(error, RefusedAnew) and upstream not in chooser.superpeers:
-            following = chooser.failed(ask, upstream, now)  # it serves nobody any more: left, and told of
-        elif isinstance(error, NotFound | AccessDenied | InvalidRequest):
-            following = chooser.lacks(ask, upstream, now)
-            if upstream in chooser.parents:
-                others = tuple(parent for parent in chooser.parents if parent != upstream)
-                if isinstance(error, AccessDenied):  # of us, perhaps: others are no better then, but none is worse
-                    chooser.parents = (*others, upstream)
-                else:
-                    chooser.parents = others
-                    self._on_lacks(wish.blob.digest, upstream)
-        else:
-            following = chooser.failed(ask, upstream, now)
+        following = self._passed_over(wish, upstream, error)
         if following is not None:
             self._fallbacks.note("upstream passed over", f"{upstream}: {error}")
             self._ask(wish, following)
-            self._wake_at(ask.due)
-        elif not ask.tries:
+            self._wake_at(wish.ask.due)
+        elif not wish.ask.tries:
             self._fail(wish, wish.error)
         self._look_at_drops()
 
     # ---- how
+
+    def _passed_over(self, flight: Flight, upstream: str, error: DadiError) -> str | None:
+        """Draw the consequences of an error (the table at the head); returns whom to ask now, if anybody."""
+        chooser, ask, now = flight.chooser, flight.ask, self._clock()
+        if isinstance(error, Busy):
+            self.counts["busy"] += 1
+            if error.instead != upstream:
+                chooser.put_first(error.instead)
+            return chooser.busy(ask, upstream, now, error.retry_after or 0.0)
+        if isinstance(error, DigestMismatch):
+            self.counts["wrong"] += 1
+            self.pipes[upstream].wrong += 1
+            log.error("wrong bytes, thrown away", source=upstream, blob=flight.blob.digest, why=error.message)
+            return chooser.lied(ask, upstream, now)
+        if isinstance(error, RefusedAnew) and upstream not in chooser.superpeers:
+            return chooser.failed(ask, upstream, now)
+        if isinstance(error, AccessDenied):
+            chooser.put_last(upstream)
+            return chooser.lacks(ask, upstream, now)
+        if isinstance(error, NotFound | InvalidRequest):
+            if chooser.leave_out(upstream):
+                self._on_lacks(flight.blob.digest, upstream)
+            return chooser.lacks(ask, upstream, now)
+        return chooser.failed(ask, upstream, now)
 
     def _ask(self, flight: Flight, upstream: str) -> None:
         pipe = self.pipes.get(upstream)

@@ -6,7 +6,7 @@
 A first byte may take minutes: a layer is streamed from its registry. A process that is stopped, or starved, takes
 connections and requests all the same, by its kernel; without this each request would wait for all of `read.stall`.
 Requests to one superpeer share one look. One that was away is looked at before it is asked anything (`first`): only an
-answer at once counts. Peers need none of this: they say that they wait (`choose.py`).
+answer at once counts. Peers need none of this: they say that they wait (`tries.py`).
 """
 
 from __future__ import annotations

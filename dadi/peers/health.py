@@ -1,21 +1,29 @@
 """What a node has seen of its upstreams: who may be asked, and how long an answer takes. Pure: time is an argument.
 
-A peer's life cycle; an event that is not in the table changes nothing:
+Life cycles; an event that is not in the table changes nothing:
 
-    state      answered   late       failed     lied       its time is over
-    GOOD       GOOD       SUSPECT    DROPPED    BARRED
-    SUSPECT    GOOD       DROPPED    DROPPED    BARRED
-    DROPPED    -          -          -          BARRED     PROBING
-    PROBING    GOOD       DROPPED    DROPPED    BARRED
-    BARRED     -          -          -          -          -          (for good)
+    a peer     answered   late       failed     lied       busy       its time is over
+    GOOD       -          SUSPECT    DROPPED    BARRED     DROPPED
+    SUSPECT    GOOD       DROPPED    DROPPED    BARRED     DROPPED
+    DROPPED    -          -          -          BARRED     DROPPED    PROBING
+    PROBING    GOOD       DROPPED    DROPPED    BARRED     DROPPED
+    BARRED     -          -          -          -          -                     (for good)
+
+    a superpeer
+    GOOD       -          -          DROPPED    DROPPED    DROPPED
+    DROPPED    GOOD       -          -          -          DROPPED    PROBING
+    PROBING    GOOD       -          DROPPED    DROPPED    DROPPED
 
 *Late*: it had more than the time that 95 of 100 answers take, and somebody else who was asked after it was faster; of a
 SUSPECT the former is enough. What comes late does not count as answered. So a peer that crawls is left as soon as one
 that is dead and silent, and one that refuses connections sooner still. Each time that a peer is dropped again it is
 dropped for twice as long. While it is probed it is asked for one thing at a time.
 
-Superpeers (`trusted`) are few, and asked all the same when nobody else is left: one that then answers, however late, is
-GOOD at once, unless it asked to be left alone.
+*Busy*: it asked to be left alone for some time. Until then nothing that it answers makes it GOOD. That is no fault:
+nobody is told of it, and it is not dropped for longer the next time.
+
+Superpeers (`trusted`) are few, and asked all the same when nobody else is left: so one that is DROPPED may answer. They
+are never reported, and never left out of a join.
 """
 
 from __future__ import annotations
@@ -65,6 +73,7 @@ class Event(enum.Enum):
     LATE = "late"
     FAILED = "failed"
     LIED = "lied"
+    BUSY = "busy"
     OVER = "its time is over"
 
 
@@ -79,6 +88,18 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.PROBING, Event.LATE): State.DROPPED,
     (State.PROBING, Event.FAILED): State.DROPPED,
     **{(state, Event.LIED): State.BARRED for state in State if state is not State.BARRED},
+    **{(state, Event.BUSY): State.DROPPED for state in State if state is not State.BARRED},
+}
+"""Of a peer."""
+OF_SUPERPEERS: dict[tuple[State, Event], State] = {
+    (State.GOOD, Event.FAILED): State.DROPPED,
+    (State.GOOD, Event.LIED): State.DROPPED,
+    (State.DROPPED, Event.ANSWERED): State.GOOD,
+    (State.DROPPED, Event.OVER): State.PROBING,
+    (State.PROBING, Event.ANSWERED): State.GOOD,
+    (State.PROBING, Event.FAILED): State.DROPPED,
+    (State.PROBING, Event.LIED): State.DROPPED,
+    **{(state, Event.BUSY): State.DROPPED for state in (State.GOOD, State.DROPPED, State.PROBING)},
 }
 
 
@@ -95,7 +116,7 @@ class Health:
     """Of one node, for all its blobs."""
 
     def __init__(self, settings: Settings | None = None, *, trusted: Iterable[str] = ()) -> None:
-        """`trusted`: superpeers; never late, when they fail or lie dropped for a while, and never reported."""
+        """`trusted`: superpeers."""
         self.settings = settings or Settings()
         self._trusted = frozenset(trusted)
         self._records: dict[str, _Record] = {}
@@ -143,46 +164,37 @@ class Health:
 
     def asked(self, peer: str) -> None:
         """It is being asked for something."""
-        record = self._records.get(peer)
-        if record is None:
-            record = self._records[peer] = _Record()
-        record.in_flight += 1
+        self._record(peer).in_flight += 1
 
     def ended(self, peer: str) -> None:
         """What it was asked for is settled, one way or another."""
         self._records[peer].in_flight -= 1
 
     def happened(self, peer: str, event: Event, now: float) -> State:
-        """Take in an event; returns the state after it. Dropping and barring a peer is noted for the directory."""
-        if peer in self._trusted:
-            if event is Event.LATE:
-                return self.state(peer, now)
-            event = Event.FAILED if event is Event.LIED else event
-        record = self._records.get(peer)
-        if record is None:
-            record = self._records[peer] = _Record()
-        if event is Event.ANSWERED and record.state is State.GOOD:
-            return State.GOOD  # nearly always
+        """Take in an event; returns the state after it. Dropping and barring a peer is noted for the directory.
+
+        Of one that is busy `busy` is told.
+        """
+        record = self._record(peer)
+        if event is Event.ANSWERED and (record.state is State.GOOD or now < record.busy_until):
+            return record.state  # nearly always
         before = self.state(peer, now)
-        if before is State.DROPPED and event is Event.ANSWERED and peer in self._trusted and now >= record.busy_until:
-            record.state = State.GOOD
-            return State.GOOD
-        after = record.state = TRANSITIONS.get((before, event), before)
-        if after is not before:
-            if after in (State.DROPPED, State.BARRED):
-                self.drops += 1
+        transitions = OF_SUPERPEERS if peer in self._trusted else TRANSITIONS
+        after = record.state = transitions.get((before, event), before)
+        if after is not before and event is not Event.BUSY:
             if after is State.DROPPED:
+                self.drops += 1
                 self._dropped(record, now)
                 self._note(peer, Fault.FAILED if event is Event.FAILED else Fault.SLOW)
             elif after is State.BARRED:
+                self.drops += 1
                 self._note(peer, Fault.LIED)
         return after
 
     def busy(self, peer: str, seconds: float, now: float) -> None:
-        """It asked to be left alone for so long (429, 503 with Retry-After): that is no fault of its own."""
-        record = self._records.setdefault(peer, _Record())
-        if self.state(peer, now) is not State.BARRED:
-            record.state = State.DROPPED
+        """It asked to be left alone for so long (429, 503 with Retry-After)."""
+        if self.happened(peer, Event.BUSY, now) is State.DROPPED:
+            record = self._records[peer]
             record.busy_until = now + min(max(0.0, seconds), self.settings.dropped_most)
             record.until = max(record.until, record.busy_until)
 
@@ -207,6 +219,12 @@ class Health:
             if peer not in kept:
                 del self._records[peer]
                 self._heard.pop(peer, None)
+
+    def _record(self, peer: str) -> _Record:
+        record = self._records.get(peer)
+        if record is None:
+            record = self._records[peer] = _Record()
+        return record
 
     def _dropped(self, record: _Record, now: float) -> None:
         longest = self.settings.dropped_most

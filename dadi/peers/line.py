@@ -19,9 +19,8 @@ frame a chunk. Each chunk is verified here: what is wrong raises DigestMismatch,
 from __future__ import annotations
 
 import asyncio
-import socket
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import aiohttp
 
@@ -32,7 +31,8 @@ from dadi.errors import DadiError, DigestMismatch, TokenRefused, Unavailable, Un
 from dadi.index.chunks import Blob
 from dadi.peers import hops as hop_count
 from dadi.peers import stream
-from dadi.peers.frames import Scan, longest, unpacked
+from dadi.peers.frames import longest, unpacked
+from dadi.peers.incoming import Alive, Body, FrameBody
 from dadi.peers.tokens import Tokens
 from dadi.wire import URGENCY, error_in
 
@@ -43,9 +43,6 @@ _AT_ONCE = 512 << 10
 millisecond that it takes."""
 _SIGNS, _SIGNS_A_SECOND = 64, 20
 """How often a peer may say that it waits: each time costs us a little."""
-_WAKE = 128 << 10
-"""Bytes for which the event loop is woken while more of a chunk than that is to come: a link gives a few KiB at a time,
-and each time costs as much as ten KiB do."""
 
 
 class Busy(Unavailable):
@@ -146,13 +143,13 @@ class HttpLine:
                    token: str | None) -> bool:  # fmt: skip
         try:
             async with asyncio.timeout(self._read) as limit:
-                return await self._exchange(blob, chunks, urgency, hops, heard, token, _Alive(limit, self._read))
+                return await self._exchange(blob, chunks, urgency, hops, heard, token, Alive(limit, self._read))
         except TimeoutError:
             text = f"reading a blob: nothing came from {self.url} for {self._read} s"
             raise Unreachable(text, hint="is it up, and reachable from here?") from None
 
     async def _exchange(self, blob: Blob, chunks: Sequence[int], urgency: Urgency, hops: int, heard: Heard,
-                        token: str | None, alive: _Alive) -> bool:  # fmt: skip
+                        token: str | None, alive: Alive) -> bool:  # fmt: skip
         run, *more = runs(chunks)
         offset, length = blob.table.span(run)
         headers = {"Range": f"bytes={offset}-{offset + length - 1}", hop_count.HEADER: str(hops), **self._fixed}
@@ -192,11 +189,11 @@ class HttpLine:
         raise DigestMismatch(f"{self.url} answered {told} to a request for the chunks {run} of {blob}", source=self.url)
 
     async def _body(self, response: aiohttp.ClientResponse, blob: Blob, run: range, heard: Heard,
-                    alive: _Alive) -> None:  # fmt: skip
+                    alive: Alive) -> None:  # fmt: skip
         lengths = [blob.table.extent(chunk)[1] for chunk in run]
         compressed = response.headers.get("Content-Encoding") == "zstd"
-        pieces = _Frames(response, self.url, alive) if compressed else None
-        body = _Body(response, alive)
+        pieces = FrameBody(response, self.url, alive) if compressed else None
+        body = Body(response, alive)
         for chunk, length in zip(run, lengths, strict=True):
             frame = await pieces.next(length) if pieces else None
             data = frame if frame is not None else await body.exactly(length)
@@ -205,10 +202,10 @@ class HttpLine:
             raise DigestMismatch(f"{self.url} sent more than the range it was asked for", source=self.url)
 
     async def _stream(self, response: aiohttp.ClientResponse, blob: Blob, chunks: Sequence[int], heard: Heard,
-                      alive: _Alive) -> None:  # fmt: skip
+                      alive: Alive) -> None:  # fmt: skip
         """Take chunks as they come, until all have."""
         missing = set(chunks)
-        body = _Body(response, alive)
+        body = Body(response, alive)
         loop = asyncio.get_running_loop()
         began, signs = loop.time(), 0
         while missing:
@@ -247,127 +244,19 @@ class HttpLine:
         heard.chunk(chunk, data, frame if self._sends_frames else None)
 
 
-class _Alive:
-    """Puts off the end of a request (a time-out of `seconds`) while bytes come."""
-
-    def __init__(self, limit: asyncio.Timeout, seconds: float | None) -> None:
-        self._limit = limit
-        self._seconds = seconds
-        self._loop = asyncio.get_running_loop()
-        self._put_off_at = self._loop.time()
-
-    def came(self) -> None:
-        """Bytes have come. Looked at from time to time only: a timer costs more than what is done with the bytes."""
-        now = self._loop.time()
-        if self._seconds is not None and now - self._put_off_at > self._seconds / 16:
-            self._put_off_at = now
-            self._limit.reschedule(now + self._seconds)
-
-
-class _Body:
-    """Reads exact lengths; the event loop is not woken for each few KiB of what is to be had whole."""
-
-    def __init__(self, response: aiohttp.ClientResponse, alive: _Alive) -> None:
-        self._content = response.content
-        self._alive = alive
-        self._rest = b""
-        self._low = 1
-        transport = response.connection.transport if response.connection else None
-        # Not under TLS: how much of a length is still to come, in its records, is not known here.
-        plain = transport is not None and transport.get_extra_info("sslcontext") is None
-        self._socket: Any = transport.get_extra_info("socket") if transport is not None and plain else None
-
-    async def exactly(self, length: int) -> bytes:
-        """Return the next `length` bytes; raise ClientPayloadError if there are not so many."""
-        pieces, need = [], length
-        try:
-            while need > 0:
-                piece = self._rest or await self._read(need)
-                if len(piece) > need:
-                    piece, self._rest = piece[:need], piece[need:]
-                else:
-                    self._rest = b""
-                pieces.append(piece)
-                need -= len(piece)
-        finally:
-            self._wake_at(1)  # else what is shorter would never be seen, of the next request neither
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    async def _read(self, need: int) -> bytes:
-        self._wake_at(min(need, _WAKE))
-        piece = await self._content.readany()
-        if not piece:
-            raise aiohttp.ClientPayloadError(f"body cut short: {need} more bytes were to come")
-        self._alive.came()
-        return piece
-
-    async def more(self) -> bool:
-        """Say whether there is more, where the end should be."""
-        return bool(self._rest or await self._content.read(1))
-
-    def _wake_at(self, size: int) -> None:
-        """Have the kernel wake us for so many bytes (or the end), of which all are still to be read from it."""
-        if self._socket is None or size == self._low:
-            return
-        self._low = size
-        try:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
-        except OSError:  # closed by now
-            self._socket = None
-
-
-class _Frames:
-    """Cuts a body into frames as it comes."""
-
-    def __init__(self, response: aiohttp.ClientResponse, where: str, alive: _Alive) -> None:
-        self._content = response.content
-        self._alive = alive
-        self._where = where
-        self.rest = bytearray()
-
-    async def next(self, length: int) -> bytes:
-        """Return the next frame, of a chunk of `length` bytes."""
-        try:
-            scan = Scan(longest(length))
-            while (end := scan.end(self.rest)) is None:
-                piece = await self._content.readany()
-                if not piece:
-                    raise aiohttp.ClientPayloadError("body cut short, within a frame")
-                self._alive.came()
-                self.rest += piece
-        except DigestMismatch as error:
-            raise DigestMismatch(f"{self._where}: {error.message}", source=self._where) from None
-        frame = bytes(memoryview(self.rest)[:end])
-        del self.rest[:end]
-        return frame
-
-
 def _verified(blob: Blob, chunk: int, data: bytes, compressed: bool, where: str) -> bytes:
     if compressed:
         try:
             data = unpacked(data, blob.table.extent(chunk)[1])
         except DigestMismatch as error:
             raise DigestMismatch(f"{where}: {error.message}", source=where) from None
-    blob.table.verify(chunk, data, source=where)
+    blob.verify(chunk, data, source=where)
     return data
 
 
 def _refusal(response: aiohttp.ClientResponse, where: str, error: DadiError | None) -> Unavailable:
-    asked = response.headers.get("Retry-After", "")
+    asked = http.asked_to_wait(response)
     text = f"{where}: {error.message if error else response.status}"
-    if not (asked.isdigit() and len(asked) < 6):
+    if asked is None:
         return Unavailable(text)
-    return Busy(text, retry_after=float(asked), instead=response.headers.get(TRY, "")[:200])
-
-
-def joined(chunks: list[tuple[Blob, int]], most: int) -> Iterator[tuple[Blob, range]]:
-    """Yield neighbouring chunks (sorted by blob and number) as runs of at most `most` bytes, at least one chunk."""
-    at = 0
-    while at < len(chunks):
-        blob, first = chunks[at]
-        allowed = max(1, most // blob.table.chunk_size)
-        end = at + 1
-        while end < len(chunks) and end - at < allowed and chunks[end] == (blob, first + end - at):
-            end += 1
-        yield blob, range(first, first + end - at)
-        at = end
+    return Busy(text, retry_after=asked, instead=response.headers.get(TRY, "")[:200])

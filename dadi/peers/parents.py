@@ -19,31 +19,16 @@ import aiohttp
 from dadi.blobs.source import Urgency
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
-from dadi.peers import health
 from dadi.peers.asking import Asking
 from dadi.peers.frames import Frames
 from dadi.peers.health import Health
 from dadi.peers.hops import HOPS
+from dadi.peers.lanes import Wish
 from dadi.peers.line import HttpLine, Line
 from dadi.peers.membership import Condition, JoiningDirectory, Membership, well
-from dadi.peers.pipe import Wish
+from dadi.peers.patience import PEER_READ
 from dadi.peers.places import Peer
 from dadi.peers.tokens import Tokens
-
-_SLOWEST = 1e6
-_PEER_READ = 10.0
-"""Seconds without a byte after which a request to a peer has failed; somebody else is asked long before."""
-
-
-def settings(link: float = 0.0) -> health.Settings:
-    """Return how patient a node is with its parents. `link`: bytes a second of its network link, 0 if not known.
-
-    A parent that lacks a chunk says so after 0.1 s; event loops of busy machines take their time too. Nobody is better
-    off for a parent of less than a thirty-second of the link, nor worse off for one that gives 8 Mbit/s: what is
-    between the two links may be slower than either.
-    """
-    slowest = min(_SLOWEST, link / 32 or _SLOWEST)
-    return health.Settings(margin=0.4, longest=0.5, slowest=slowest)
 
 
 class Parents:
@@ -144,7 +129,7 @@ class Parents:
             return f"{self._scheme}://{self.membership.addresses.get(upstream, '')}" if is_peer else upstream
 
         return HttpLine(url, self._session, me=self.peer.id, compress=self._compress, tokens=self._tokens,
-                        read=_PEER_READ if is_peer else None)  # fmt: skip
+                        read=PEER_READ if is_peer else None)  # fmt: skip
 
     def _again(self, digests: list[str]) -> None:
         self.membership.again(digests)

@@ -1,10 +1,10 @@
 """What one upstream is being asked for: wishes for chunks wait here, are joined into requests, and go out.
 
-    want ──► queue ──► what is wanted in one moment in one request, of at most a MiB ──► came | waits | failed
-                          demand at once, on connections of its own; startup traces on a few; what is left on two
+    want ──► queue ──► what is wanted in one moment in as few requests as there may be ──► came | waits | failed
+      ▲                                                                                     │
+      └─────────────── again ◄── 202, or a shorter answer than the request ◄────────────────┘
 
-Only neighbours go into one request, until an upstream has shown that it takes others too (`Line.scattered`).
-
+What goes into one request, and how many of them at a time: `lanes.py`.
 Whom to ask, and what follows from what was heard, is decided elsewhere (`asking.py`). A wish that is dropped is not
 sent any more; when nothing of a request under way is wanted any more its connection is closed.
 """
@@ -12,46 +12,18 @@ sent any more; when nothing of a request under way is wanted any more its connec
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import structlog
 
-from dadi.blobs.source import Urgency
 from dadi.errors import DadiError, Unavailable
-from dadi.index.chunks import Blob
-from dadi.peers.line import Line, joined
+from dadi.peers.lanes import Lane, Wish, for_others, lanes, put_together, runs
+from dadi.peers.line import Line
 
 log = structlog.get_logger()
-_RUN = 1 << 20
-_LANES = {Urgency.DEMAND: "demand", Urgency.STARTUP: "startup", Urgency.PREFETCH: "rest", Urgency.BACKFILL: "rest"}
-_MOST = {"demand": 32, "startup": 6, "rest": 2}
-"""Requests to one upstream at a time. What a sender has put into connections of the others is what demand has to get
-past; fewer for a startup trace, whose chunks are scattered, would cost a round trip for each few of them."""
-_SCATTERED, _MOST_SCATTERED = 3 << 20, 2
-"""Bytes of a startup trace in one request, and such requests, where that may be scattered: the same bytes in fewer of
-them. Each request, and each sign of life in it, costs as much as a good part of a chunk, at each link of a chain."""
-_OWN = {"demand": 8, "startup": 1, "rest": 0}
-"""So many of them are for this node's own reads only."""
-_MOST_WAITING = 8
-"""Requests that wait at the upstream put nothing in anybody's way: up to so many do not count among these."""
 _SOONEST = 0.02
 """Seconds after which a peer that has answered "waiting" is asked again at the soonest: most have waited for longer."""
-
-
-class Wish:
-    """One chunk that somebody wants. `hops`: how many nodes the wish has come through."""
-
-    __slots__ = ("blob", "chunk", "hops", "urgency")
-
-    def __init__(self, blob: Blob, chunk: int, urgency: Urgency, hops: int) -> None:
-        self.blob = blob
-        self.chunk = chunk
-        self.urgency = urgency
-        self.hops = hops
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.blob!r}, chunk {self.chunk}, {self.urgency.name.lower()})"
 
 
 class Asker(Protocol):
@@ -73,10 +45,10 @@ class Asker(Protocol):
 class _Request:
     """One run under way; also what its line tells (`line.Heard`)."""
 
-    def __init__(self, pipe: Pipe, wishes: list[Wish]) -> None:
+    def __init__(self, pipe: Pipe, wishes: list[Wish], lane: Lane) -> None:
         self.wishes = {wish.chunk: wish for wish in wishes}
         self.urgency = wishes[0].urgency
-        self.lane = _LANES[self.urgency]
+        self.lane = lane
         self.waiting = False
         """The upstream has nothing to send yet."""
         self._pipe = pipe
@@ -119,11 +91,7 @@ class Pipe:
         self._queue: dict[Wish, None] = {}
         self._resting: dict[Wish, asyncio.TimerHandle] = {}
         self._tasks: dict[_Request, asyncio.Task[None]] = {}
-        self._running = dict.fromkeys(_MOST, 0)
-        self._waiting = dict.fromkeys(_MOST, 0)
-        """Those of them that wait at the upstream."""
-        self._standing: dict[str, dict[Wish, None]] = {lane: {} for lane in _MOST}
-        """Those in the queue of whom it was said that they wait."""
+        self._lanes = lanes()
         self._soon: asyncio.Handle | None = None
         self._closed = False
 
@@ -174,18 +142,18 @@ class Pipe:
 
     # ---- sending
 
-    def stands(self, lane: str) -> list[Wish]:
+    def stands(self, lane: Lane) -> list[Wish]:
         """Return what stands in the queue behind requests that wait at the upstream: no later than they are."""
-        if not self._full(lane):
+        if not lane.full(scattered=self.line.scattered):
             return []
-        found = [wish for wish in self._queue if _LANES[wish.urgency] == lane]
-        self._standing[lane].update(dict.fromkeys(found))
+        found = [wish for wish in self._queue if self._lanes[wish.urgency] is lane]
+        lane.standing.update(dict.fromkeys(found))
         return found
 
-    def moves(self, lane: str) -> list[Wish]:
+    def moves(self, lane: Lane) -> list[Wish]:
         """Return those of them that still stand there, once: something comes again, and the queue will move."""
-        found = [wish for wish in self._standing[lane] if wish in self._queue]
-        self._standing[lane].clear()
+        found = [wish for wish in lane.standing if wish in self._queue]
+        lane.standing.clear()
         return found
 
     def is_waiting(self, request: _Request, waiting: bool) -> None:
@@ -194,7 +162,7 @@ class Pipe:
             return
         if request.waiting != waiting:
             request.waiting = waiting
-            self._waiting[request.lane] += 1 if waiting else -1
+            request.lane.waiting += 1 if waiting else -1
             if waiting and self._queue:
                 self._flush_soon()
         if waiting:
@@ -214,31 +182,27 @@ class Pipe:
 
     def _flush(self) -> None:
         self._soon = None
-        for urgency, lane in _LANES.items():
-            if self._full(lane):
+        scattered = self.line.scattered
+        for urgency, lane in self._lanes.items():
+            if lane.full(scattered=scattered):
                 continue
             wishes = [wish for wish in self._queue if wish.urgency == urgency]
-            found = list(_runs(wishes))
-            if self.line.scattered:
-                found = _put_together(found, _SCATTERED if lane == "startup" else _RUN)
+            found = list(runs(wishes))
+            if scattered:
+                found = put_together(found, lane.scattered_size)
             # This node's own reads first: they do not wait until what its children ask for has come.
-            for run in sorted(found, key=_for_others):
-                if self._full(lane, _OWN[lane] if _for_others(run) else 0):
+            for run in sorted(found, key=for_others):
+                if lane.full(scattered=scattered, for_others=for_others(run)):
                     break
-                self._send(run)
+                self._send(run, lane)
 
-    def _full(self, lane: str, spare: int = 0) -> bool:
-        if lane == "startup" and self.line.scattered:
-            return self._running[lane] >= _MOST_SCATTERED - spare
-        return self._running[lane] - min(self._waiting[lane], _MOST_WAITING) >= _MOST[lane] - spare
-
-    def _send(self, wishes: list[Wish]) -> None:
-        request = _Request(self, wishes)
+    def _send(self, wishes: list[Wish], lane: Lane) -> None:
+        request = _Request(self, wishes, lane)
         for wish in wishes:
             del self._queue[wish]
             self.under_way[wish] = request
         self.requests += 1
-        self._running[request.lane] += 1
+        lane.running += 1
         task = self._tasks[request] = asyncio.get_running_loop().create_task(self._ask(request))
         task.add_done_callback(lambda done: self._ended(request, done))
 
@@ -283,40 +247,11 @@ class Pipe:
 
     def _ended(self, request: _Request, task: asyncio.Task[None]) -> None:
         del self._tasks[request]
-        self._running[request.lane] -= 1
-        self._waiting[request.lane] -= request.waiting
+        request.lane.running -= 1
+        request.lane.waiting -= request.waiting
         for wish in request.wishes.values():  # cancelled
             self.under_way.pop(wish, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a fault of ours", upstream=self.name, exc_info=error)
         if self._queue:
             self._flush_soon()
-
-
-def _for_others(run: list[Wish]) -> bool:
-    return all(wish.hops for wish in run)
-
-
-def _runs(wishes: Iterable[Wish]) -> Iterator[list[Wish]]:
-    """Return wishes as runs, those asked for first coming first."""
-    by_blob: dict[tuple[str, int], dict[int, Wish]] = {}
-    for wish in wishes:
-        by_blob.setdefault((wish.blob.digest, wish.blob.table.chunk_size), {})[wish.chunk] = wish
-    for found in by_blob.values():
-        for _, run in joined([(found[chunk].blob, chunk) for chunk in sorted(found)], _RUN):
-            yield [found[chunk] for chunk in run]
-
-
-def _put_together(found: list[list[Wish]], most: int) -> list[list[Wish]]:
-    """Return runs as requests of `most` bytes at most (or one run): of one blob, all of them ours or all others'."""
-    requests: list[list[Wish]] = []
-    open_: dict[tuple[str, int, bool], list[Wish]] = {}
-    for run in found:
-        size = run[0].blob.table.chunk_size
-        key = run[0].blob.digest, size, _for_others(run)
-        request = open_.get(key)
-        if request is None or (len(request) + len(run)) * size > most:
-            request = open_[key] = []
-            requests.append(request)
-        request.extend(run)
-    return requests

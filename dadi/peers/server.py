@@ -18,10 +18,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -33,24 +31,23 @@ from dadi import http
 from dadi.blobs.answering import Answer
 from dadi.blobs.chain import Chain
 from dadi.blobs.disk import DiskBlobs
-from dadi.blobs.serving import give, requested, urgency_of
+from dadi.blobs.serving import requested, urgency_of
 from dadi.blobs.single_flight import runs
 from dadi.blobs.source import Urgency
 from dadi.errors import DadiError, InvalidRequest, NotFound, Unavailable
 from dadi.index.chunks import Blob
 from dadi.peers import hops as hop_count
 from dadi.peers import stream
-from dadi.peers.frames import Frames, packed
+from dadi.peers.frames import Frames
 from dadi.peers.gate import OPEN, Doorman
 from dadi.peers.line import PEER, TRY, WAITING
+from dadi.peers.packing import Packing
+from dadi.peers.patience import FIRST_SIGN, SIGN_EVERY
 from dadi.peers.pressure import Pressure
-from dadi.peers.streaming import Bell, ChunkStream
+from dadi.peers.streaming import Arrivals, ChunkStream
 from dadi.peers.upload import Upload, child_of
 from dadi.wire import error_fields
 
-_LONG_POLL = 0.1
-"""Seconds that a request waits for a chunk that is not here; less than the patience of who asks (`parents.settings`),
-who does not know yet whether we are there. In a stream: to its first sign of life."""
 _LARGEST = 8 << 20
 """Bytes that one request may ask for, at least one chunk."""
 _UNDER_PRESSURE = 5.0
@@ -72,6 +69,7 @@ class PeerServer:
         self._store = store
         self._chain = chain
         self._frames = frames
+        self._packing = Packing(store, frames)
         self._known = known
         self._instead = instead
         self._waiting = waiting
@@ -79,7 +77,6 @@ class PeerServer:
         self._phase = random.random()  # not the same moment on all machines
         self._fetching: set[tuple[str, int]] = set()
         """Digests and chunks that are being fetched for others."""
-        self._compressing = 0
         self.requests = 0
         self.bytes = 0
         self.wire_bytes = 0
@@ -148,8 +145,8 @@ class PeerServer:
             return web.Response(status=202, headers={WAITING: "1"})
         frames: list[bytes] = []
         if self._frames and "zstd" in request.headers.get("Accept-Encoding", ""):
-            frames = await self._as_frames(blob, here, compress=not passing)
-            here = range(here.start, here.start + len(frames)) if frames else self._plain_ones(blob, here)
+            frames = await self._packing.frames(blob, here, compress=not passing)
+            here = range(here.start, here.start + len(frames)) if frames else self._packing.plain_ones(blob, here)
         offset, length = blob.table.span(here)
         headers = {
             "Content-Length": str(sum(map(len, frames)) if frames else length),
@@ -191,7 +188,7 @@ class PeerServer:
         if missing[0] != chunks.start:
             return range(chunks.start, missing[0]), b""
         first = fetches[chunks.start]
-        await asyncio.wait([first], timeout=_LONG_POLL)
+        await asyncio.wait([first], timeout=FIRST_SIGN)
         missing = await self._store.missing(blob, chunks)
         here = range(chunks.start, missing[0] if missing else chunks.stop)
         if first.done() and len(here) <= 1:
@@ -202,8 +199,8 @@ class PeerServer:
         self, blob: Blob, missing: list[int], urgency: Urgency, hops: int, child: str
     ) -> dict[int, asyncio.Future[bytes]]:
         """Have chunks fetched, whether or not who asks for them goes on waiting; return the future of each."""
-        new = [chunk for chunk in missing if (blob.digest, chunk) not in self._fetching]
-        give_back = self.upload.fetched(child, sum(blob.table.extent(chunk)[1] for chunk in new)) if new else None
+        new = [(blob.digest, chunk) for chunk in missing if (blob.digest, chunk) not in self._fetching]
+        give_back = self.upload.fetched(child, sum(blob.table.extent(chunk)[1] for _, chunk in new)) if new else None
         before = hop_count.HOPS.set(hops + 1)  # for the tasks that this starts
         try:
             found: dict[int, asyncio.Future[bytes]] = {}
@@ -212,31 +209,18 @@ class PeerServer:
         finally:
             hop_count.HOPS.reset(before)
         if give_back:
-            self._fetching.update((blob.digest, chunk) for chunk in new)
-            open_ = set(new)
-
-            def ended(chunk: int, _: asyncio.Future[bytes]) -> None:
-                self._fetching.discard((blob.digest, chunk))
-                open_.discard(chunk)
-                if not open_:
-                    give_back()
-
-            for chunk in new:
-                found[chunk].add_done_callback(partial(ended, chunk))
+            self._fetching.update(new)
+            for key in new:
+                found[key[1]].add_done_callback(partial(self._fetched, key))
+            _after_all([found[chunk] for _, chunk in new], give_back)
         if urgency == Urgency.DEMAND:
             waiting = contextlib.ExitStack()
             waiting.enter_context(self._waiting())
-            left = len(found)
-
-            def came(_: asyncio.Future[bytes]) -> None:
-                nonlocal left
-                left -= 1
-                if not left:
-                    waiting.close()
-
-            for future in found.values():
-                future.add_done_callback(came)
+            _after_all(found.values(), waiting.close)
         return found
+
+    def _fetched(self, key: tuple[str, int], _: asyncio.Future[bytes]) -> None:
+        self._fetching.discard(key)
 
     # ---- a stream
 
@@ -248,34 +232,23 @@ class PeerServer:
         if missing and not may_fetch and missing[0] == chunks[0]:
             raise lacks
         gone = set(missing)
-        arrived: deque[tuple[int, asyncio.Future[bytes] | None]] = deque((c, None) for c in chunks if c not in gone)
-        left = len(arrived) + (len(missing) if may_fetch else 0)
-        more = Bell()
+        coming = Arrivals(chunk for chunk in chunks if chunk not in gone)
         if may_fetch and missing:
             self.waits += 1
-
-            def came(chunk: int, fetch: asyncio.Future[bytes]) -> None:
-                arrived.append((chunk, fetch))
-                more.ring()
-
-            for chunk, future in self._fetch(blob, missing, urgency, hops, _child(request)).items():
-                future.add_done_callback(partial(came, chunk))
+            coming.expect(self._fetch(blob, missing, urgency, hops, _child(request)))
         answer = ChunkStream(Answer(request, 200, stream.HEADERS, chunked=True))
         frames = bool(self._frames) and "zstd" in request.headers.get("Accept-Encoding", "")
+        urgent = urgency == Urgency.DEMAND
         await answer.begin()
         said = False
         try:
-            while left:
-                if not arrived:
-                    if not await more.heard(self._until_sign(said)):
-                        said = True
-                        await answer.sign()
-                    continue
-                chunk, fetch = arrived.popleft()
-                left -= 1
-                data = _result(fetch) if fetch else b""
-                urgent = urgency == Urgency.DEMAND
-                await self._send_chunk(answer, blob, chunk, data, frames=frames, urgent=urgent)
+            while coming.left:
+                came = await coming.next(self._until_sign(said))
+                if came is None:
+                    said = True
+                    await answer.sign()
+                else:
+                    await self._send_chunk(answer, blob, *came, frames=frames, urgent=urgent)
             if missing and not may_fetch:
                 raise lacks
         except DadiError as error:
@@ -289,14 +262,14 @@ class PeerServer:
         On a busy machine each waking costs more than what is done in it.
         """
         if not said:
-            return _LONG_POLL
-        return stream.SIGN_EVERY - (asyncio.get_running_loop().time() + self._phase) % stream.SIGN_EVERY
+            return FIRST_SIGN
+        return SIGN_EVERY - (asyncio.get_running_loop().time() + self._phase) % SIGN_EVERY
 
     async def _send_chunk(self, response: ChunkStream, blob: Blob, chunk: int, data: bytes, *, frames: bool,
                           urgent: bool) -> None:  # fmt: skip
         """Send one chunk: `data` if it has come just now, else from the store."""
         body, kind = data, stream.PLAIN
-        if frames and (found := await self._as_frames(blob, range(chunk, chunk + 1), compress=not data)):
+        if frames and (found := await self._packing.frames(blob, range(chunk, chunk + 1), compress=not data)):
             body, kind = found[0], stream.FRAME
         size = blob.table.extent(chunk)[1]
         async with self.upload.sending(len(body) or size, urgent):
@@ -309,45 +282,14 @@ class PeerServer:
 
     # ---- how it is sent
 
-    async def _as_frames(self, blob: Blob, chunks: range, *, compress: bool) -> list[bytes]:
-        """Return the frames of the first chunks, of as many as have some; none if plain bytes are better."""
-        if compress and any(self._frames.get(blob, chunk) is None for chunk in chunks):
-            await self._compress(blob, chunks)
-        frames = []
-        for chunk in chunks:
-            frame = self._frames.get(blob, chunk)
-            if not frame:
-                break
-            frames.append(frame)
-        return frames
-
-    def _plain_ones(self, blob: Blob, chunks: range) -> range:
-        """Return the first chunks, up to one that has a frame."""
-        stop = next((chunk for chunk in chunks if self._frames.get(blob, chunk)), chunks.stop)
-        return range(chunks.start, max(stop, chunks.start + 1))
-
-    async def _compress(self, blob: Blob, chunks: range) -> None:
-        """Make the frames that are not known, unless the processors are busy with that already."""
-        if self._compressing >= (os.cpu_count() or 1):
-            return
-        unknown = [chunk for chunk in chunks if self._frames.get(blob, chunk) is None]
-        self._compressing += 1
-        try:
-            for chunk in unknown:
-                (data,) = await self._store.read(blob, range(chunk, chunk + 1))
-                self._frames.keep(blob, chunk, await asyncio.to_thread(_packed_if_right, blob, chunk, data))
-        except DadiError:
-            pass  # evicted, or spoilt on the disk: not to be kept; whoever sends it, or is sent it, finds out
-        finally:
-            self._compressing -= 1
-
     async def _send_plain(self, answer: Answer, blob: Blob, run: range) -> None:
         with self._store.open_device(blob) as file:
             if await self._store.missing(blob, run):
                 raise NotFound(f"{blob} is not all here any more")
             offset, length = blob.table.span(run)
             await answer.begin()
-            await give(answer, file.fd, offset, length)
+            await answer.file(file.fd, offset, length)
+            await answer.end()
 
     def statistics(self) -> dict[str, Any]:
         """Return counts, bytes of blobs and of bodies as sent; `children`: ids of those served lately."""
@@ -358,11 +300,18 @@ class PeerServer:
         }  # fmt: skip
 
 
-def _result(fetch: asyncio.Future[bytes]) -> bytes:
-    """Return what a fetch that is over has brought; raise its error."""
-    if fetch.cancelled():
-        raise Unavailable("this node is stopping")
-    return fetch.result()
+def _after_all(futures: Collection[asyncio.Future[bytes]], then: Callable[[], None]) -> None:
+    """Call `then` when all of them are done; there is at least one."""
+    left = len(futures)
+
+    def done(_: asyncio.Future[bytes]) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            then()
+
+    for future in futures:
+        future.add_done_callback(done)
 
 
 def _child(request: web.Request) -> str:
@@ -376,9 +325,3 @@ def _whole_chunks(request: web.Request, blob: Blob) -> range:
     if status != 206 or not chunks or blob.table.span(chunks) != (offset, length):
         raise InvalidRequest("a node gives whole chunks, by `Range: bytes=A-B`", hint="ask a superpeer for other bytes")
     return chunks[: max(1, _LARGEST // blob.table.chunk_size)]
-
-
-def _packed_if_right(blob: Blob, chunk: int, data: bytes) -> bytes:
-    # A frame outlives the bytes on the disk that it was made of.
-    blob.table.verify(chunk, data, source="the disk")
-    return packed(data)

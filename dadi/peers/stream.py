@@ -37,8 +37,6 @@ _HEAD = struct.Struct(">BII")
 SIZE = _HEAD.size
 WAITING = _HEAD.pack(WAITS, 0, 0)
 MAX_ERROR = 64 << 10
-SIGN_EVERY = 0.3
-"""Seconds between signs of life of a peer that waits; the first comes after 0.1 s."""
 _LONGEST_RETRY = 86400.0
 _NEIGHBOURS = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", re.ASCII)
 
@@ -98,5 +96,6 @@ def error_of(body: bytes, where: str) -> tuple[DadiError, float | None, str]:
         return type(error)(text, hint=error.hint), None, ""
     fields = msgspec.json.decode(body, type=dict[str, Any]) if error else {}
     after, instead = fields.get("retry_after"), fields.get("instead")
-    seconds = min(max(0.0, float(after)), _LONGEST_RETRY) if isinstance(after, int | float) else None
+    # As it is, not float(after): there are integers that no float can be.
+    seconds = float(min(max(0, after), _LONGEST_RETRY)) if isinstance(after, int | float) else None
     return Unavailable(text, retry_after=seconds), seconds, instead[:200] if isinstance(instead, str) else ""

@@ -7,14 +7,15 @@ What is in memory leaves by one `writev` with its record's head, what is in the 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from collections.abc import Iterable, Mapping
+from functools import partial
 
-from dadi.blobs.answering import Answer, read
+from dadi.blobs.answering import Answer
 from dadi.blobs.disk import DiskBlobs
-from dadi.errors import DadiError, NotFound
+from dadi.errors import DadiError, NotFound, Unavailable
 from dadi.index.chunks import Blob
 from dadi.peers import stream
-
-_FIRST_PART = 16 << 10
 
 
 class ChunkStream:
@@ -46,13 +47,46 @@ class ChunkStream:
         with store.open_device(blob) as file:
             if not file.present[chunk] and await store.missing(blob, range(chunk, chunk + 1)):
                 raise NotFound(f"{blob} is not all here any more")
-            first = await read(file.fd, offset, min(_FIRST_PART, length))
-            rest = length - len(first)
-            await self.answer.file(file.fd, offset + len(first), rest, stream.head(stream.PLAIN, chunk, length), first)
+            await self.answer.file(file.fd, offset, length, stream.head(stream.PLAIN, chunk, length))
 
     async def end(self) -> None:
         """All has been sent."""
         await self.answer.end()
+
+
+class Arrivals:
+    """The chunks of one stream, in the order in which they are here; `left`: how many are still to be taken."""
+
+    def __init__(self, here: Iterable[int]) -> None:
+        self._arrived: deque[tuple[int, asyncio.Future[bytes] | None]] = deque((chunk, None) for chunk in here)
+        self._more = Bell()
+        self.left = len(self._arrived)
+
+    def expect(self, fetches: Mapping[int, asyncio.Future[bytes]]) -> None:
+        """Chunks that are being fetched come, too."""
+        self.left += len(fetches)
+        for chunk, fetch in fetches.items():
+            fetch.add_done_callback(partial(self._came, chunk))
+
+    def _came(self, chunk: int, fetch: asyncio.Future[bytes]) -> None:
+        self._arrived.append((chunk, fetch))
+        self._more.ring()
+
+    async def next(self, seconds: float) -> tuple[int, bytes] | None:
+        """Return a chunk, and its bytes if it has come just now, else b""; None if none comes for so many seconds.
+
+        Raises what has kept it from coming.
+        """
+        while not self._arrived:
+            if not await self._more.heard(seconds):
+                return None
+        self.left -= 1
+        chunk, fetch = self._arrived.popleft()
+        if fetch is None:
+            return chunk, b""
+        if fetch.cancelled():
+            raise Unavailable("this node is stopping")
+        return chunk, fetch.result()
 
 
 class Bell:

@@ -1,7 +1,7 @@
 """The superpeer as a node sees it: resolve an image, get a whole small blob, be the source of chunks.
 
 `Upstream` is the contract; `SuperpeerClient` speaks HTTP to one or more superpeers (`superpeers.py` says who is asked
-for what); a node without a superpeer has one embedded behind the same contract (`dadi/node/node.py`).
+for what); a node without a superpeer has one embedded behind the same contract (`dadi/node/embedded.py`).
 """
 
 from __future__ import annotations
@@ -150,13 +150,12 @@ class SuperpeerClient:
         urls = await self._to_ask(_canonical(reference))
         for place, url in enumerate(urls):
             try:
-                async with (
-                    self.superpeers.asking(url),
-                    http.request(
-                        self.session, "GET", f"{url}/v1/images", f"resolving {reference}", params=parameters,
-                        headers=caller.headers,
-                    ) as response,
-                ):
+                async with contextlib.AsyncExitStack() as asking:
+                    await asking.enter_async_context(self.superpeers.asking(url))
+                    request = http.request(self.session, "GET", f"{url}/v1/images", f"resolving {reference}",
+                                           params=parameters, headers=caller.headers)  # fmt: skip
+                    async with self._watched(url, urls):  # until it answers: then it tells of its progress
+                        response = await asking.enter_async_context(request)
                     async for event in http.events(response):
                         if event.get("event") == "image":
                             self._remember(event, url)
@@ -195,17 +194,19 @@ class SuperpeerClient:
         urls = await self._to_ask(digest)
         for place, url in enumerate(urls):
             try:
-                if place + 1 == len(urls):  # nobody else can be asked: it may have much to do, it may come back
-                    async with self.superpeers.asking(url):
-                        return await one(url)
-                first = self.superpeers.state(url) == State.PROBING.value
-                async with self.superpeers.asking(url), self._hanging.watched(url, first=first):
+                async with self.superpeers.asking(url), self._watched(url, urls):
                     return await one(url)
             except DadiError as error:
                 errors.append(error)
                 if place + 1 < len(urls):
                     self.superpeers.passed_over(url, error)
         raise most_hopeful(errors)
+
+    def _watched(self, url: str, urls: Sequence[str]) -> contextlib.AbstractAsyncContextManager[None]:
+        """Around a request to one of `urls`, which are asked in this order: it is left when it hangs."""
+        if url == urls[-1]:  # nobody else can be asked: it may have much to do, it may come back
+            return contextlib.nullcontext()
+        return self._hanging.watched(url, first=self.superpeers.state(url) == State.PROBING.value)
 
     async def _to_ask(self, key: str) -> list[str]:
         await self.superpeers.ready()

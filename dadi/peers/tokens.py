@@ -104,6 +104,8 @@ class Tokens:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.renew: Renew | None = None
+        self.renew_by: dict[str, Renew] = {}
+        """Who renews instead, by `ImageTokens.platform`: of what is no image for a platform."""
         self._fallbacks = fallbacks
         self._file = file
         self._clock = clock
@@ -224,7 +226,7 @@ class Tokens:
     async def _renew_now(self, held: _Held) -> None:
         assert self.renew is not None
         try:
-            fresh = await self.renew(held.image)
+            fresh = await self.renew_by.get(held.image.platform, self.renew)(held.image)
         except Unavailable as error:
             self._fallbacks.note("tokens not renewed", f"{held.image.reference}: {error}")
             raise

@@ -24,7 +24,7 @@ from dadi.errors import Unavailable
 _CHILD_FOR = 10.0
 _LONGEST_WAIT = 1.0
 _MOST_ASKED, _MOST_IN_ALL = 128 << 20, 512 << 20
-"""Bytes. A node that keeps to `pipe.py` asks one parent for half as much at most, in chunks of 1 MiB."""
+"""Bytes. A node that keeps to `lanes.py` asks one parent for half as much at most, in chunks of 1 MiB."""
 _ASIDE = 0.2
 """Seconds for which backfill stands aside for demand, at most."""
 _BURST = 0.1

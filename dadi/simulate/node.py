@@ -12,11 +12,12 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from dadi.peers import group as groups
-from dadi.peers.choose import Ask, Chooser
+from dadi.peers.choose import Chooser
 from dadi.peers.directory import Directory
 from dadi.peers.group import Group
 from dadi.peers.health import Health
 from dadi.peers.places import Heartbeat, Peer, Place, Told
+from dadi.peers.tries import Ask
 from dadi.simulate.machines import NEVER, Machine, Superpeer
 
 if TYPE_CHECKING:
@@ -387,7 +388,7 @@ class Node(Machine):
                 if a_try.waiting and got <= now:
                     chooser.heard(ask, a_try.upstream, got, waiting=False)
                 elif got > now:
-                    silence = chooser.settings.waiting if a_try.waiting else 2 * world.latency
+                    silence = chooser.lateness.settings.waiting if a_try.waiting else 2 * world.latency
                     if now >= a_try.since + silence:
                         chooser.heard(ask, a_try.upstream, now, waiting=True)
                 if a_try.waiting:

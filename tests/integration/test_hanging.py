@@ -57,7 +57,22 @@ async def test_a_read_goes_to_the_stand_in_when_the_superpeer_hangs(tmp_path: Pa
         try:
             async with asyncio.timeout(20):
                 assert b"".join(await client.source.read(blob, range(2))) == tar[: 2 * CHUNK]
-            assert client.superpeers.state(hangs) == "dropped"
+            assert client.superpeers.state(hangs) != "good"
+        finally:
+            await client.close()
+
+
+async def test_an_image_is_resolved_by_the_stand_in_when_the_superpeer_hangs(tmp_path: Path) -> None:
+    async with FakeRegistry() as registry, running(tmp_path / "superpeer", registry.host) as run, stopped() as hangs:
+        names = (f"{registry.host}/team/app:{n}" for n in range(256))
+        name = next(name for name in names if owners(name, [run.url, hangs])[0] == hangs)
+        registry.add_image("team/app", name.rpartition(":")[2], [tar_of(a=b"an image")])
+        client = SuperpeerClient([run.url, hangs], Fallbacks(), connect=3, read=600)
+        try:
+            async with asyncio.timeout(20):
+                events = [event async for event in client.resolve(name, "linux/amd64")]
+            assert events[-1]["event"] == "image"
+            assert client.superpeers.state(hangs) != "good"
         finally:
             await client.close()
 

@@ -6,15 +6,15 @@ import random
 
 import pytest
 
-from dadi.peers.health import TRANSITIONS, Event, Health, Settings, State
+from dadi.peers.health import OF_SUPERPEERS, TRANSITIONS, Event, Health, Settings, State
 from dadi.peers.places import Fault
 
 KIB, MIB = 1 << 10, 1 << 20
 SETTINGS = Settings(dropped=1.0, dropped_most=300.0, margin=0.02, longest=0.1, slowest=4e6)
 
 
-def in_state(state: State) -> Health:
-    health = Health(SETTINGS)
+def in_state(state: State, *, trusted: bool = False) -> Health:
+    health = Health(SETTINGS, trusted=["p"] if trusted else [])
     path = {
         State.GOOD: (),
         State.SUSPECT: (Event.LATE,),
@@ -32,6 +32,19 @@ def in_state(state: State) -> Health:
 @pytest.mark.parametrize("event", [event for event in Event if event is not Event.OVER])
 def test_events_lead_where_the_table_says_and_all_others_change_nothing(state: State, event: Event) -> None:
     assert in_state(state).happened("p", event, 0.0) is TRANSITIONS.get((state, event), state)
+
+
+@pytest.mark.parametrize("state", [State.GOOD, State.DROPPED, State.PROBING])
+@pytest.mark.parametrize("event", [event for event in Event if event is not Event.OVER])
+def test_superpeers_have_a_table_of_their_own(state: State, event: Event) -> None:
+    health = in_state(state, trusted=True)
+    assert health.happened("p", event, 0.0) is OF_SUPERPEERS.get((state, event), state)
+    assert health.reports() == []
+    assert health.unwanted(0.0) == frozenset()
+
+
+def test_a_superpeer_is_only_ever_in_states_that_its_table_has() -> None:
+    assert {state for state, _ in OF_SUPERPEERS} == set(OF_SUPERPEERS.values())
 
 
 def test_the_table_is_complete_and_barred_is_final() -> None:
@@ -99,6 +112,15 @@ def test_a_busy_peer_is_left_alone_for_as_long_as_it_asks_and_not_reported() -> 
     assert health.reports() == []
     health.busy("p", 1e9, 200.0)
     assert health.may_ask("p", 500.0)
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_nothing_that_a_busy_one_answers_makes_it_good_before_its_time(trusted: bool) -> None:
+    health = Health(SETTINGS, trusted=["p"] if trusted else [])
+    health.busy("p", 5.0, 100.0)
+    assert health.happened("p", Event.ANSWERED, 104.9) is State.DROPPED
+    assert health.happened("p", Event.ANSWERED, 105.0) is State.GOOD
+    assert health.drops == 0
 
 
 def test_forgotten_are_those_that_are_well_and_idle() -> None:
