@@ -121,7 +121,10 @@ class TooLarge(Malformed):
 
 
 class DigestMismatch(DadiError):
-    """Bytes that are not what their digest says. They are thrown away; `source` names who gave them."""
+    """Bytes that are not what their digest says. They are thrown away; `source` names who gave them.
+
+    The message says of which blob, and which chunk of it, they were to be (`Blob.verify`): all that the log will have.
+    """
 
     code = "digest-mismatch"
     status = 502

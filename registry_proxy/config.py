@@ -6,19 +6,12 @@ from typing import Annotated
 
 import msgspec
 
-from dadi.config import SECONDS, SIZE, described
+from dadi.blobs.config import StoreConfig
+from dadi.config import SECONDS, described
 from dadi.log import LogLevel
 from dadi.oci.config import RegistryConfig
 from dadi.originals.config import FrontConfig, OriginalsConfig
 from dadi.tls import TlsConfig
-
-
-class StoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where blobs are kept."""
-
-    limit: Annotated[
-        int, described("how much disk blobs may take; the least recently used go first; 0: no limit", SIZE, at_least=0)
-    ] = 0
 
 
 class ProxyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,6 +1,7 @@
-"""What the disk store does with files, in its worker threads: chunks read, written and hashed; whole blobs coming in.
+"""What the disk store does with files, in its worker threads: chunks read, written, hashed, withdrawn; blobs removed.
 
-Plain blocking functions; none of them knows the store's state or the event loop. `disk.py` decides, this file moves.
+Plain blocking functions; none of them knows the store's state or the event loop. Those decide (`disk.py`,
+`vouching.py`), this file moves. The order in which things become durable is in here, and in `layout.py`.
 """
 
 from __future__ import annotations
@@ -9,15 +10,13 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from threading import Lock
 from typing import Protocol
 
 import structlog
 
 from dadi.blobs.layout import BlobDirectory, padded, sync_directory, write_durably
-from dadi.errors import Conflict, DigestMismatch, StoreFull, Unavailable
+from dadi.errors import StoreFull, Unavailable
 from dadi.index.chunks import Blob
 
 log = structlog.get_logger()
@@ -42,56 +41,6 @@ def full_or_broken(path: Path, error: OSError) -> StoreFull | Unavailable:
     if error.errno in NO_SPACE:
         return StoreFull(f"no space left on the disk of {path}", hint=RAISE_LIMIT)
     return Unavailable(f"cannot write {path}: {error.strerror}", hint="check the disk and the kernel's log")
-
-
-class DiskIngest:
-    """See `dadi.blobs.store.Ingest`. Written by one worker thread at a time."""
-
-    def __init__(self, path: Path, make_room: Callable[[], bool], limit: int) -> None:
-        self.path = path
-        self.size = 0
-        self._make_room = make_room
-        self._limit = limit
-        self._lock = Lock()  # a caller that was cancelled may abort while a thread still seals
-        try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        except OSError as error:
-            raise full_or_broken(path, error) from None
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append; on a full disk old blobs are evicted first."""
-        if self._fd < 0:
-            raise Conflict("this ingest has ended")
-        view = memoryview(data)
-        if self._limit and self.size + len(view) > self._limit:
-            raise StoreFull(f"a blob of more than {self._limit} bytes does not fit the store", hint=RAISE_LIMIT)
-        while view:
-            try:
-                written = os.write(self._fd, view)
-            except OSError as error:
-                if error.errno in NO_SPACE and self._make_room():
-                    continue
-                raise full_or_broken(self.path, error) from None
-            view = view[written:]
-            self.size += written
-
-    def seal(self) -> None:
-        """Pad, sync and close; in a worker thread."""
-        with self._lock:
-            if self._fd < 0:
-                raise Conflict("this ingest has ended")
-            os.ftruncate(self._fd, padded(self.size))
-            os.fdatasync(self._fd)
-            os.close(self._fd)
-            self._fd = -1
-
-    def abort(self) -> None:
-        """Throw away."""
-        with self._lock:
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
-        self.path.unlink(missing_ok=True)
 
 
 def read_chunks(path: Path, blob: Blob, chunks: range) -> list[bytes]:
@@ -137,10 +86,10 @@ def hash_again(directory: BlobDirectory, blob: Blob, claims: list[int]) -> tuple
     for chunk in claims:
         try:
             part = read_chunks(directory.data, blob, range(chunk, chunk + 1))[0]
-            blob.table.verify(chunk, part)
-        except (DigestMismatch, Unavailable):
+        except Unavailable:
             continue
-        good.add(chunk)
+        if blob.table.matches(chunk, part):
+            good.add(chunk)
     bad = [chunk for chunk in claims if chunk not in good]
     try:
         if bad:
@@ -205,11 +154,9 @@ def bad_chunks(path: Path, blob: Blob, chunks: range, whole: Hash | None) -> lis
             part = b""
             try:
                 part = os.pread(fd, length, offset)
-                blob.table.verify(chunk, part)
             except OSError as error:
                 _damage_or_raise(path, error)
-                bad.append(chunk)
-            except DigestMismatch:
+            if not blob.table.matches(chunk, part):
                 bad.append(chunk)
             if whole is not None:
                 whole.update(part)
@@ -276,16 +223,6 @@ def sync_partial(directory: BlobDirectory) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
-
-
-def move_in(ingest: DiskIngest, directory: BlobDirectory, blob: Blob) -> None:
-    """Make an ingested file the blob, durably. Raises OSError."""
-    ingest.seal()
-    directory.path.mkdir(mode=0o700, exist_ok=True)
-    os.rename(ingest.path, directory.data)
-    directory.write_table(blob)
-    directory.mark_complete()
-    sync_directory(directory.path.parent)
 
 
 def remove(directory: BlobDirectory) -> None:

@@ -21,12 +21,14 @@ import re
 from pathlib import Path
 
 import msgspec
+import structlog
 
 from dadi.errors import DadiError, Malformed
 from dadi.index.chunks import Blob
 
 PAD = 4096
 MAGIC = b"DADIBLB1"
+log = structlog.get_logger()
 _writes = itertools.count()
 _HEX = re.compile(r"[0-9a-f]{64}")
 _decoder = msgspec.msgpack.Decoder(Blob)
@@ -60,6 +62,19 @@ def write_durably(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def remove_or_log(path: Path) -> bool:
+    """Remove a small file; say whether it is gone. On a disk that lets nothing go, what it says comes back at a start.
+
+    That is no reason to fail for who is done with it: the disk will be told of by who writes.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.error("could not remove a file", file=str(path), why=str(error))
+        return False
+    return True
 
 
 class BlobDirectory:

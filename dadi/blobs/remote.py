@@ -77,7 +77,7 @@ class Remote:
                     raise DigestMismatch(f"{url} sends {announced} compressed bytes for {length}", source=self.url)
                 body = await response.content.readexactly(announced)
                 self.wire_bytes += len(body)
-                return await asyncio.to_thread(self._decompress, body, lengths)
+                return await asyncio.to_thread(self._decompress, url, body, lengths)
             try:
                 parts = [await response.content.readexactly(size) for size in lengths]
             except asyncio.IncompleteReadError as error:
@@ -87,7 +87,7 @@ class Remote:
             self.wire_bytes += length
             return parts
 
-    def _decompress(self, body: bytes, lengths: list[int]) -> list[bytes]:
+    def _decompress(self, url: str, body: bytes, lengths: list[int]) -> list[bytes]:
         """Return chunks of these lengths; memory is bounded by them, whatever the frames claim."""
         try:
             frames = zstandard.ZstdDecompressor(max_window_size=MAX_CHUNK_SIZE)
@@ -95,7 +95,7 @@ class Remote:
                 parts = [reader.read(size) for size in lengths]
                 more = reader.read(1)
         except zstandard.ZstdError as error:
-            raise DigestMismatch(f"{self.url} sent what is no zstd frame: {error}", source=self.url) from None
+            raise DigestMismatch(f"{url} sent what is no zstd frame: {error}", source=self.url) from None
         if more or [len(part) for part in parts] != lengths:
-            raise DigestMismatch(f"{self.url} sent frames of another length than the range", source=self.url)
+            raise DigestMismatch(f"{url} sent frames of another length than the range", source=self.url)
         return parts

@@ -1,9 +1,7 @@
 """Answer `GET /v1/blobs/{digest}`: exactly the bytes that were asked for, from the store's files to the socket.
 
 A `Range` of one `bytes=A-B` (or `A-`) gives 206, no `Range` gives 200 and the whole; anything else gives 416. What is
-not here is brought first, and just that; only present, verified bytes are sent, by the kernel (`sendfile`). Pages that
-are not in its cache are read in a thread first, since `sendfile` would wait for the disk on the event loop. Under TLS
-the bytes go through this process, 256 KiB at a time.
+not here is brought first, and just that; only present, verified bytes are sent, in the way of `answering.py`.
 
 A range request with `Accept-Encoding: zstd` may get its bytes compressed (`Content-Encoding: zstd`, a frame a chunk,
 `Content-Range` still counts the bytes as they are in the blob): see `Compressor`.
@@ -22,8 +20,7 @@ import zstandard
 from aiohttp import web
 
 from dadi import digest as digests
-from dadi.blobs import answering
-from dadi.blobs.answering import Answer, cached, send_file
+from dadi.blobs.answering import Answer
 from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.source import Urgency, urgency_of_word
 from dadi.errors import DigestMismatch, NotFound
@@ -32,9 +29,6 @@ from dadi.peers.gate import OPEN, Doorman
 from dadi.wire import URGENCY
 
 _RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})")
-FIRST_PART = 16 << 10
-"""Bytes that leave together with what comes before them."""
-_ENCRYPTED_STEP = 256 << 10
 
 
 class Shelf(Protocol):
@@ -112,7 +106,8 @@ class BlobServer:
                     return web.Response(status=206, body=body, headers={**headers, "Content-Encoding": "zstd"})
             answer = Answer(request, status, headers)
             await answer.begin()
-            await give(answer, file.fd, offset, length)
+            await answer.file(file.fd, offset, length)
+            await answer.end()
         self.wire_bytes += length
         return answer
 
@@ -162,7 +157,7 @@ class Compressor:
         for chunk in blob.table.covering(offset, length):
             begin, size = blob.table.extent(chunk)
             data = os.pread(fd, size, begin)
-            blob.table.verify(chunk, data, source="the disk")  # what is remembered outlives the bytes on the disk
+            blob.verify(chunk, data, source="the disk")  # what is remembered outlives the bytes on the disk
             part = memoryview(data)[max(offset - begin, 0) : end - begin]
             frames.append(compressor.compress(part))
         return b"".join(frames)
@@ -193,54 +188,3 @@ def requested(request: web.Request, size: int) -> tuple[int, int, int]:
     first = int(match[1])
     last = min(int(match[2]) if match[2] else size - 1, size - 1)
     return (first, last - first + 1, 206) if first <= last else (0, 0, 416)
-
-
-async def give(answer: Answer, fd: int, offset: int, length: int) -> None:
-    """Send all of an answer's body, bytes of a file. Raises as `send`."""
-    first = await answering.read(fd, offset, min(FIRST_PART, length))  # leaves together with the head
-    await answer.file(fd, offset + len(first), length - len(first), first)
-    await answer.end()
-
-
-async def send(request: web.Request, response: web.StreamResponse, fd: int, offset: int, length: int) -> None:
-    """Send bytes of a file to whoever asked; raise ConnectionResetError if he has gone or does not read."""
-    loop = asyncio.get_running_loop()
-    end = offset + length
-    # The head and the first bytes leave together; the rest never enters this process.
-    first: bytes | memoryview | None = cached(fd, offset, min(FIRST_PART, length))
-    if first is None:
-        first = await loop.run_in_executor(None, os.pread, fd, min(FIRST_PART, length), offset)
-    await response.write(first)
-    offset += len(first)
-    if request.transport is not None and request.transport.get_extra_info("sslcontext") is not None:
-        await _send_encrypted(request, response, fd, offset, end)
-        return
-    await send_file(request, fd, offset, end - offset)
-
-
-async def _send_encrypted(
-    request: web.Request, response: web.StreamResponse, fd: int, offset: int, end: int
-) -> None:
-    """Send through this process: `sendfile` cannot encrypt, and asyncio's way around it takes 16 KiB a time."""
-    loop = asyncio.get_running_loop()
-    while offset < end:
-        step = min(_ENCRYPTED_STEP, end - offset)
-        piece: bytes | memoryview | None = cached(fd, offset, step)
-        if piece is None:
-            piece = await loop.run_in_executor(None, os.pread, fd, step, offset)
-        if not piece:
-            raise ConnectionResetError("the file is shorter than its blob")
-        await write(request, response, piece)
-        offset += len(piece)
-
-
-async def write(request: web.Request, response: web.StreamResponse, body: bytes | memoryview) -> None:
-    """Write; raise ConnectionResetError if the reader has gone, or does not read."""
-    try:
-        async with asyncio.timeout(answering.STALLED):
-            await response.write(body)
-    except TimeoutError:
-        # Somebody who asks and does not read would hold the answer for ever.
-        if request.transport is not None:
-            request.transport.abort()
-        raise ConnectionResetError("the reader does not read") from None

@@ -1,4 +1,4 @@
-"""The contract of a blob store: sparse blobs on this machine. `disk.py` is the real one, `memory.py` the fake.
+"""The contract of a blob store: sparse blobs on this machine. `disk.py` is the real one; tests have one in memory.
 
 A store is a `Source` that answers only from what it has. Around that: keeping verified chunks, finishing a blob,
 taking in a whole one, holding it against eviction. All methods run on the event loop and never block it; what touches

@@ -119,7 +119,7 @@ class Unpacked:
         begin -= packed.start * self._table.compressed.chunk_size
         view = memoryview(data)[begin : begin + length]
         try:
-            return await self._kept(blob, chunks, self._batches(blob.table, units, view, beginning=beginning))
+            return await self._kept(blob, chunks, self._batches(blob, units, view, beginning=beginning))
         except (DigestMismatch, Malformed):
             spoilt = await asyncio.to_thread(self._spoilt, packed, data)
             if not spoilt:
@@ -128,7 +128,7 @@ class Unpacked:
         self._fallbacks.note("our own disk spoilt bytes, fetched again", why)
         for run in runs(spoilt):
             await self._fetch(self._again, packed, run, data, urgency)
-        return await self._kept(blob, chunks, self._batches(blob.table, units, view, beginning=beginning))
+        return await self._kept(blob, chunks, self._batches(blob, units, view, beginning=beginning))
 
     async def _fetch(self, source: Source, packed: range, run: range, data: bytearray, urgency: Urgency) -> None:
         """Fill in a run of the compressed chunks `packed`, of which `data` is the room."""
@@ -146,9 +146,7 @@ class Unpacked:
         first = packed.start * table.chunk_size
         for chunk in packed:
             offset, length = table.extent(chunk)
-            try:
-                table.verify(chunk, memoryview(data)[offset - first : offset - first + length])
-            except DigestMismatch:
+            if not table.matches(chunk, memoryview(data)[offset - first : offset - first + length]):
                 spoilt.append(chunk)
         return spoilt
 
@@ -163,11 +161,11 @@ class Unpacked:
         return found
 
     def _batches(
-        self, table: ChunkTable, units: range, data: memoryview, *, beginning: bool
+        self, blob: Blob, units: range, data: memoryview, *, beginning: bool
     ) -> Iterator[tuple[int, list[bytes]]]:
         """Yield (first chunk, verified chunks) of what the bytes of the units give whole. For threads."""
         begin, length = self._table.extent(units)
-        size = table.chunk_size
+        table, size = blob.table, blob.table.chunk_size
         chunk = -(-begin // size)
         skip = chunk * size - begin
         end = begin + length
@@ -180,7 +178,7 @@ class Unpacked:
                 offset, expected = table.extent(chunk + len(ready))
                 if len(pending) < expected or offset + expected > end:
                     break
-                ready.append(_verified(table, chunk + len(ready), bytes(memoryview(pending)[:expected])))
+                ready.append(_verified(blob, chunk + len(ready), bytes(memoryview(pending)[:expected])))
                 del pending[:expected]
                 if len(ready) * size >= _BATCH:
                     yield chunk, ready
@@ -189,9 +187,6 @@ class Unpacked:
             yield chunk, ready
 
 
-def _verified(table: ChunkTable, chunk: int, data: bytes) -> bytes:
-    try:
-        table.verify(chunk, data, source="its seek points")
-    except DigestMismatch as error:
-        raise DigestMismatch(error.message, source=error.source, hint="the layer's index lies") from None
+def _verified(blob: Blob, chunk: int, data: bytes) -> bytes:
+    blob.verify(chunk, data, source="its seek points", hint="the layer's index lies: its images are indexed anew")
     return data

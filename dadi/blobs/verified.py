@@ -40,7 +40,7 @@ class Verified:
             await asyncio.to_thread(self._verify, blob, chunks, parts)
         except DigestMismatch as error:
             self.wrong += 1
-            log.error("wrong bytes, thrown away", source=self.name, blob=blob.digest, why=error.message)
+            log.error("wrong bytes, thrown away", source=self.name, blob=blob.digest, why=str(error))
             raise
         self.chunks += len(parts)
         self.bytes += sum(map(len, parts))
@@ -48,6 +48,7 @@ class Verified:
 
     def _verify(self, blob: Blob, chunks: range, parts: list[bytes]) -> None:
         if len(parts) != len(chunks):
-            raise DigestMismatch(f"{len(parts)} chunks from {self.name} instead of {len(chunks)}", source=self.name)
+            why = f"{len(parts)} chunks of {blob.digest} came from {self.name} instead of {len(chunks)}"
+            raise DigestMismatch(why, source=self.name, hint="are the versions alike?")
         for chunk, part in zip(chunks, parts, strict=True):
-            blob.table.verify(chunk, part, source=self.name)
+            blob.verify(chunk, part, source=self.name)

@@ -32,7 +32,7 @@ import msgspec
 
 from dadi import digest as digests
 from dadi.errors import DadiError, DigestMismatch
-from dadi.index.chunks import DEFAULT_CHUNK_SIZE, ChunkTable
+from dadi.index.chunks import DEFAULT_CHUNK_SIZE, ChunkHashes
 from dadi.index.decompress import uncompressed
 from dadi.index.layer import VERSION, Entry, LayerIndex
 from dadi.index.tar import TarLimits, TarParser
@@ -117,7 +117,7 @@ class _Pass:
         self._to_chunks: queue.Queue[bytes | None] = queue.Queue(_QUEUE)
         self._tar = TarParser(limits.tar)
         self._diff_id = hashlib.sha256()
-        self._chunks = _Chunks(chunk_size)
+        self._chunks = ChunkHashes(chunk_size)
         self._entries: tuple[Entry, ...] = ()
         self._layer_error: DadiError | None = None
         self._fatal: Exception | None = None
@@ -290,29 +290,3 @@ class _Compressed:
             self._hash.update(self._piece)
             self.size += len(self._piece)
             self._taken(len(self._piece))
-
-
-class _Chunks:
-    """The chunk table of bytes that come in pieces of any size."""
-
-    def __init__(self, chunk_size: int) -> None:
-        ChunkTable(0, chunk_size, b"").check()
-        self._chunk_size = chunk_size
-        self._size = 0
-        self._hash = hashlib.sha256()
-        self._digests: list[bytes] = []
-
-    def update(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            part = view[: self._chunk_size - self._size % self._chunk_size]
-            view = view[len(part) :]
-            self._hash.update(part)
-            self._size += len(part)
-            if self._size % self._chunk_size == 0:
-                self._digests.append(self._hash.digest())
-                self._hash = hashlib.sha256()
-
-    def table(self) -> ChunkTable:
-        last = [self._hash.digest()] if self._size % self._chunk_size else []
-        return ChunkTable(self._size, self._chunk_size, b"".join(self._digests + last))

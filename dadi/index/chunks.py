@@ -16,6 +16,10 @@ from dadi.errors import DigestMismatch, Malformed
 MIN_CHUNK_SIZE, DEFAULT_CHUNK_SIZE, MAX_CHUNK_SIZE = 4 << 10, 256 << 10, 16 << 20
 OTHER_VERSION = "nodes and superpeers need versions of dadi that know each other's indexes: upgrade the older one"
 
+_ASKED_AGAIN = (
+    "thrown away, and asked for again; if wrong bytes go on coming from there, check its disk and memory: `dadi verify`"
+)
+
 
 class ChunkTable(msgspec.Struct, frozen=True, array_like=True):
     """The size of a blob (bytes), its chunk size (bytes) and the raw SHA-256 of each chunk, one after the other."""
@@ -58,12 +62,11 @@ class ChunkTable(msgspec.Struct, frozen=True, array_like=True):
         last, length = self.extent(chunks[-1])
         return offset, last + length - offset
 
-    def verify(self, chunk: int, data: bytes | memoryview, *, source: str = "") -> None:
-        """Raise DigestMismatch (blaming `source`) unless `data` is exactly that chunk."""
+    def matches(self, chunk: int, data: bytes | memoryview) -> bool:
+        """Return whether `data` is exactly that chunk. Hashes it: for threads."""
         _, length = self.extent(chunk)
         at = chunk * digests.SIZE
-        if len(data) != length or hashlib.sha256(data).digest() != self.digests[at : at + digests.SIZE]:
-            raise DigestMismatch(f"chunk {chunk} from {source or 'nowhere'} is not what its digest says", source=source)
+        return len(data) == length and hashlib.sha256(data).digest() == self.digests[at : at + digests.SIZE]
 
 
 class Blob(msgspec.Struct, frozen=True, array_like=True):
@@ -77,6 +80,12 @@ class Blob(msgspec.Struct, frozen=True, array_like=True):
         """Bytes."""
         return self.table.size
 
+    def verify(self, chunk: int, data: bytes | memoryview, *, source: str, hint: str = _ASKED_AGAIN) -> None:
+        """Raise DigestMismatch, blaming `source`, unless `data` is exactly that chunk. Hashes it: for threads."""
+        if not self.table.matches(chunk, data):
+            why = f"chunk {chunk} of {self.digest} from {source} is not what its digest says"
+            raise DigestMismatch(why, source=source, hint=hint)
+
     def __repr__(self) -> str:
         return f"Blob({digests.short(self.digest)}, {self.size} bytes, {self.table.count} chunks)"
 
@@ -87,6 +96,34 @@ class Blob(msgspec.Struct, frozen=True, array_like=True):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Blob) and (self.digest, self.table) == (other.digest, other.table)
+
+
+class ChunkHashes:
+    """The chunk table of bytes that come in pieces of any size. Raises Malformed for what is no chunk size."""
+
+    def __init__(self, chunk_size: int) -> None:
+        ChunkTable(0, chunk_size, b"").check()
+        self._chunk_size = chunk_size
+        self._hash = hashlib.sha256()
+        self._digests: list[bytes] = []
+        self.size = 0
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Take the next bytes. Hashes them: for threads."""
+        view = memoryview(data)
+        while view:
+            part = view[: self._chunk_size - self.size % self._chunk_size]
+            view = view[len(part) :]
+            self._hash.update(part)
+            self.size += len(part)
+            if self.size % self._chunk_size == 0:
+                self._digests.append(self._hash.digest())
+                self._hash = hashlib.sha256()
+
+    def table(self) -> ChunkTable:
+        """Return the table of what has come so far."""
+        last = [self._hash.digest()] if self.size % self._chunk_size else []
+        return ChunkTable(self.size, self._chunk_size, b"".join(self._digests + last))
 
 
 def table_of(data: bytes | memoryview, chunk_size: int = DEFAULT_CHUNK_SIZE) -> ChunkTable:

@@ -22,44 +22,10 @@ import structlog
 from dadi.blobs.disk import DiskBlobs
 from dadi.errors import DadiError, DigestMismatch, Unavailable
 from dadi.fallbacks import Fallbacks
-from dadi.index.chunks import DEFAULT_CHUNK_SIZE, Blob, ChunkTable
+from dadi.index.chunks import DEFAULT_CHUNK_SIZE, Blob, ChunkHashes
 from dadi.originals.original import OriginalPart, Stream, Whole
 
 log = structlog.get_logger()
-
-
-class _Hashes:
-    """The digest of a blob and of its chunks, from front to back."""
-
-    def __init__(self, chunk_size: int) -> None:
-        self._chunk_size = chunk_size
-        self._whole = hashlib.sha256()
-        self._chunk = hashlib.sha256()
-        self._in_chunk = 0
-        self._done: list[bytes] = []
-        self.size = 0
-
-    def update(self, data: bytes) -> None:
-        self._whole.update(data)
-        self.size += len(data)
-        view = memoryview(data)
-        while view:
-            piece = view[: self._chunk_size - self._in_chunk]
-            self._chunk.update(piece)
-            self._in_chunk += len(piece)
-            view = view[len(piece) :]
-            if self._in_chunk == self._chunk_size:
-                self._end_chunk()
-
-    def _end_chunk(self) -> None:
-        self._done.append(self._chunk.digest())
-        self._chunk = hashlib.sha256()
-        self._in_chunk = 0
-
-    def blob(self) -> Blob:
-        if self._in_chunk:
-            self._end_chunk()
-        return Blob("sha256:" + self._whole.hexdigest(), ChunkTable(self.size, self._chunk_size, b"".join(self._done)))
 
 
 class Arriving:
@@ -181,20 +147,23 @@ class Arriving:
             await asyncio.shield(asyncio.to_thread(self._ingest.abort))
 
     async def _receive(self) -> Blob:
-        hashes = _Hashes(DEFAULT_CHUNK_SIZE)
+        whole, chunks = hashlib.sha256(), ChunkHashes(DEFAULT_CHUNK_SIZE)
 
         def take(piece: bytes) -> None:
             self._ingest.write(piece)
-            hashes.update(piece)
+            whole.update(piece)
+            chunks.update(piece)
 
         async with contextlib.aclosing(self._stream()) as pieces:
             async for piece in pieces:
                 await _to_its_end(asyncio.to_thread(take, piece))
                 self.here += len(piece)
                 self._advance()
-        blob = await asyncio.to_thread(hashes.blob)
+        blob = await asyncio.to_thread(lambda: Blob("sha256:" + whole.hexdigest(), chunks.table()))
         if blob.digest != self.digest or blob.size != self.size:
-            raise DigestMismatch(f"what came for {self.digest} is {blob.digest}, {blob.size} bytes", source="registry")
+            raise DigestMismatch(f"what came for {self.digest} is {blob.digest}, {blob.size} bytes", source="registry",
+                                 hint="thrown away; if it comes so again, a registry or mirror has a damaged copy"
+                                 )  # fmt: skip
         return blob
 
     def _advance(self, *, verified: bool = False) -> None:

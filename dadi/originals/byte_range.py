@@ -3,6 +3,8 @@
     bytes=A-B   bytes=A-   bytes=-N      one range; what it means of a blob of `size` bytes
     several ranges, another unit, or     the whole blob: a server may ignore a Range that it does not do,
     what is no range at all              and must ignore one that makes no sense
+
+That is for clients of all kinds. Between our own programs what makes no sense is refused: `dadi/blobs/serving.py`.
 """
 
 from __future__ import annotations

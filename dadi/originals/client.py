@@ -21,7 +21,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import parse_qsl
 
 import aiohttp
@@ -43,15 +43,13 @@ from dadi.originals.asked import Asked, AskedFor
 from dadi.originals.caller import Caller
 from dadi.originals.documents import Document
 from dadi.originals.intake import Intake
+from dadi.originals.messages import MOST_WAIT, NEXT, SMALL, STALE, OriginalAnswer
 from dadi.originals.original import Awaited, Chunked, Original, Passing, check_size
-from dadi.originals.waiting import HEAD, Waiting
+from dadi.originals.waiting import Waiting
 from dadi.peers.shown import HEADER
 from dadi.peers.superpeers import Superpeers
-from dadi.peers.token import MAX_TEXT
 from dadi.tls import Tls
 
-STALE, NEXT = "Dadi-Stale", "Dadi-Next"
-"""Headers: how old a stale document is (seconds); the parameters of a list's next page."""
 _MAX_DOCUMENT = 8 << 20
 _MAX_TABLE = 64 << 20
 _TRIES = 3
@@ -59,33 +57,25 @@ _PROGRESS = 64 << 20
 """Bytes of a stream after which it may break off as often again."""
 _TELL = 5.0
 """Seconds that a push waits for superpeers to hear of it."""
-SMALL = 512 << 10
-"""Bytes up to which a blob is taken as a stream from the superpeer."""
-MOST_WAIT = 10.0
-"""Seconds that a superpeer lets one request for a chunk table wait."""
 
 OnTable = Callable[[Reference, Blob, str], Awaitable[None]]
 """Told of a blob that is about to be read chunk by chunk, or is here as a whole: its reference, and its token."""
 
 
-class OriginalAnswer(msgspec.Struct, frozen=True):
-    """What a superpeer says of a blob: its size in bytes, and its chunk table if it knows it.
-
-    `proven`: what others have of it may be given to the caller too, see `Originals.is_proven`. `token`: opens it at
-    /v1/blobs of peers and superpeers. `coming`: it is on its way, and will have a table; `head`: the bytes of it from
-    where the proxy wants them, as far as they are there, not verified.
-    """
-
-    size: int
-    blob: Blob | None = None
-    proven: bool = False
-    token: Annotated[str, msgspec.Meta(max_length=MAX_TEXT)] = ""
-    coming: bool = False
-    head: Annotated[bytes, msgspec.Meta(max_length=HEAD)] = b""
-
-
 _answer = msgspec.msgpack.Decoder(OriginalAnswer)
 _challenge = msgspec.json.Decoder(dict[str, str | None])
+
+
+def decode_answer(data: bytes, digest: str) -> OriginalAnswer:
+    """Return what a superpeer says of a blob; raise Malformed, or TooLarge."""
+    try:
+        said = _answer.decode(data)
+        if said.blob is not None and (said.blob.table.check().size != said.size or said.blob.digest != digest):
+            raise Malformed("another blob's chunk table")
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, DadiError) as error:
+        raise Malformed(f"what a superpeer says of {digest} makes no sense: {error}") from None
+    check_size(digest, said.size, "a superpeer")
+    return said
 
 
 class FromSuperpeers:
@@ -137,9 +127,9 @@ class FromSuperpeers:
             raw = await _body(response, _MAX_DOCUMENT)
             headers = response.headers
             stale = headers.get(STALE, "")
+            stale_for = float(stale) if stale.isascii() and stale.isdigit() and len(stale) < 16 else None
             return Document(raw, headers.get("Docker-Content-Digest", ""), headers.get("Content-Type", ""),
-                            dict(parse_qsl(headers.get(NEXT, ""))),
-                            float(stale) if stale.isdigit() else None)  # fmt: skip
+                            dict(parse_qsl(headers.get(NEXT, ""))), stale_for)  # fmt: skip
 
     async def challenge(self, registry: str) -> str | None:
         """See `RegistryClient.challenge`."""
@@ -194,13 +184,7 @@ class FromSuperpeers:
         parameters = {"reference": str(ref), **more, **({"table": "no"} if here else {})}
         async with self._ask(digest, f"/v1/original/{digest}/table", parameters, caller) as response:
             raw = await _body(response, _MAX_TABLE)
-        try:
-            said = _answer.decode(raw)
-            if said.blob is not None and (said.blob.table.check().size != said.size or said.blob.digest != digest):
-                raise Malformed("another blob's chunk table")
-        except (msgspec.MsgspecError, DadiError) as error:
-            raise Malformed(f"what a superpeer says of {digest} makes no sense: {error}") from None
-        check_size(digest, said.size, "a superpeer")
+        said = decode_answer(raw, digest)
         blob = self._store.find(digest) if here and said.proven else said.blob
         if self._on_table is not None and blob is not None and blob.size > SMALL:
             await self._on_table(ref, blob, said.token)

@@ -133,6 +133,8 @@ class Documents:
                                       asked_at=asked_at)  # fmt: skip
         except StoreFull as error:
             self._fallbacks.note("not kept: store full", str(error))
+        except DadiError as error:
+            self._fallbacks.note("not kept: disk failed", str(error))
         return Document(fetched.raw, fetched.digest, fetched.media_type, fetched.following)
 
     async def confirm(self, key: str, digest: str, asked_at: float | None = None) -> bool:

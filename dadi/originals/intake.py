@@ -105,7 +105,7 @@ class Intake:
         elif isinstance(arriving.error, DigestMismatch):
             self.wrong += 1
             self._distrusted[arriving.digest] = now + _DISTRUST
-            log.error("wrong blob, thrown away", blob=arriving.digest, why=arriving.error.message)
+            log.error("wrong blob, thrown away", blob=arriving.digest, why=str(arriving.error))
 
     def statistics(self) -> dict[str, int]:
         """Return what is arriving and for how many readers; blobs and bytes that have come; wrong ones."""

@@ -232,7 +232,8 @@ def check_size(digest: str, size: int, who: str) -> int:
     An answer without bytes has nothing that could be verified while it is sent.
     """
     if not size and digest != _EMPTY:
-        raise DigestMismatch(f"{who} says that {digest} has no bytes: that is not what its digest says", source=who)
+        why = f"{who} says that {digest} has no bytes: that is not what its digest says"
+        raise DigestMismatch(why, source=who, hint="what keeps the blobs over there is damaged: push the layer again")
     return size
 
 

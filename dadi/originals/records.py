@@ -23,7 +23,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from dadi.blobs.layout import write_durably
+from dadi.blobs.layout import remove_or_log, write_durably
 
 log = structlog.get_logger()
 
@@ -68,7 +68,7 @@ class Records:
                 found.append(msgspec.json.decode(path.read_bytes(), type=Record))
             except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
                 log.warning("dropped what a registry has said", file=str(path), why=str(error))
-                path.unlink(missing_ok=True)
+                remove_or_log(path)
         return found
 
     def find(self, key: str) -> Record | None:
@@ -105,13 +105,13 @@ class Records:
             await self._write(record)
         while len(self._records) > self._most:
             gone, _ = self._records.popitem(last=False)
-            await asyncio.to_thread(self._file(gone).unlink, missing_ok=True)
+            await asyncio.to_thread(remove_or_log, self._file(gone))
         return record
 
     async def forget(self, key: str) -> None:
         """Drop a record."""
         if self._records.pop(key, None) is not None:
-            await asyncio.to_thread(self._file(key).unlink, missing_ok=True)
+            await asyncio.to_thread(remove_or_log, self._file(key))
 
     async def _write(self, record: Record) -> None:
         try:

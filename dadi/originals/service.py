@@ -13,8 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,10 @@ from dadi.errors import AccessDenied, NotFound
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
 from dadi.oci import index_document, media_types
-from dadi.oci.lookups import TagsPage
 from dadi.oci.manifest import Descriptor
 from dadi.oci.reference import Reference
 from dadi.oci.registry import RegistryClient
+from dadi.originals import lists
 from dadi.originals.access import Access
 from dadi.originals.arriving import Arriving
 from dadi.originals.away import Away, CallerFlights, slow
@@ -41,15 +40,11 @@ from dadi.originals.documents import Document, Documents, Fetched
 from dadi.originals.fetching import Fetch
 from dadi.originals.intake import Intake
 from dadi.originals.original import Awaited, Chunked, EitherOr, Original, check_size, whole_of
+from dadi.originals.proven import Known, Proven, registry_of
 from dadi.originals.records import Records
 
-_CAME = "came "
 _DOUBTED_FOR = 1.0
 """Seconds between two questions for the size of a blob of which wrong bytes came."""
-_MOST_NAMES = 64
-"""Repositories that are remembered as sources of one blob."""
-Known = Callable[[str], Iterable[str]]
-"""Returns the repositories, with their registries, from which what is here of a layer came, by its digest."""
 Packed = Callable[[str], Awaitable[Chunked | None]]
 """Returns how a blob is assembled from chunks, by its digest; None if that is not known."""
 
@@ -66,19 +61,16 @@ class Originals:
         self.store = store
         self._fallbacks = fallbacks
         self._packed = packed
-        self._known = known
         self._clock = clock
         self._away = Away(patience=config.patience, clock=clock)
         self.records = Records(state / "originals", most=config.most_records, clock=clock)
         self.access = Access(registry, config, self.records, self._away, fallbacks, clock)
+        self.proven = Proven(self.records, self.access, known, config.most_records)
         self.documents = Documents(store, self.records, config, self._away, fallbacks)
         self._flights = CallerFlights()
         self.intake = Intake(store, fallbacks, clock)
         self._proving: dict[str, Intake] = {}
         """By registry: blobs that are here and that it has to send all the same."""
-        self._came: OrderedDict[str, OrderedDict[str, None]] = OrderedDict()
-        """By digest: repositories (with their registries) from which all of a blob has come. The oldest go first."""
-        self._most_came = config.most_records
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
@@ -88,9 +80,7 @@ class Originals:
         """Read what earlier runs left."""
         await self.records.load()
         self.access.start()
-        for record in self.records.with_prefix(_CAME):
-            name = record.key.removeprefix(_CAME).rpartition("@")[0]
-            self._remember_came(record.digest, name)
+        self.proven.start()
 
     # ---- documents
 
@@ -143,7 +133,7 @@ class Originals:
         key = f"tags {ref.name} {urlencode(sorted(parameters.items()))}"
 
         async def fetch(asker: RegistryClient) -> Fetched:
-            found = _paged(await asker.tags(ref, parameters), parameters)
+            found = lists.page(await asker.tags(ref, parameters), parameters)
             raw = msgspec.json.encode({"name": ref.repository, "tags": found.tags})
             return Fetched(raw, digests.of(raw), "application/json", found.following)
 
@@ -162,7 +152,7 @@ class Originals:
         client = self.access.client(ref.registry, caller)
 
         async def fetch() -> Fetched:
-            raw = _index(await client.referrers(ref, digest))
+            raw = lists.index(await client.referrers(ref, digest))
             return Fetched(raw, digests.of(raw), media_types.OCI_INDEX)
 
         async def probe(asker: RegistryClient) -> None:
@@ -179,7 +169,7 @@ class Originals:
         if not artifact_type:
             return found
         entries = index_document.parse(found.raw, media_types.OCI_INDEX).descriptors
-        raw = _index([entry for entry in entries if entry.artifact_type == artifact_type])
+        raw = lists.index([entry for entry in entries if entry.artifact_type == artifact_type])
         return msgspec.structs.replace(found, raw=raw, digest=digests.of(raw))
 
     def changed(self, ref: Reference) -> None:
@@ -228,18 +218,8 @@ class Originals:
         return check_size(digest, record.size, ref.registry)
 
     def is_proven(self, ref: Reference, digest: str) -> bool:
-        """Whether what is here of a blob may be given to who may read the repository of `ref`, which has it.
-
-        It may if it came from the same registry, or from a repository that everybody may read. Another registry's word
-        alone is no proof that it has the bytes: a registry of somebody's own would name the digests of others' blobs.
-        """
-        came = self._came.get(digest, ())
-        return any(self._is_shared(ref, name) for name in came) or any(
-            self._is_shared(ref, name) for name in self._known(digest)
-        )
-
-    def _is_shared(self, ref: Reference, name: str) -> bool:
-        return _registry_of(name) == ref.registry or self.access.is_public(name)
+        """Whether what is here of a blob may be given to who may read the repository of `ref`, which has it."""
+        return self.proven.to(ref.registry, digest)
 
     def _find(self, ref: Reference, digest: str) -> Original | None:
         """Return a blob that is here or arriving, if it may be given to who may read the repository of `ref`.
@@ -251,13 +231,13 @@ class Originals:
         if whole is not None or arriving is None:
             return whole
         coming = arriving.origin.name if isinstance(arriving.origin, Fetch) else ""
-        own = _registry_of(coming) == ref.registry or (arriving.verified and self._is_shared(ref, coming))
+        own = registry_of(coming) == ref.registry or (arriving.verified and self.proven.shares(ref.registry, coming))
         return arriving if own else None
 
     def _joined(self, original: Original, ref: Reference, caller: Caller) -> Original:
         """Let a fetch that is under way be gone on with for this caller, where it fails for another's credentials."""
         if isinstance(original, Arriving) and isinstance(original.origin, Fetch):
-            if _registry_of(original.origin.name) == ref.registry:
+            if registry_of(original.origin.name) == ref.registry:
                 original.origin.add(ref, caller.key, self.access.client(ref.registry, caller))
         return original
 
@@ -285,21 +265,12 @@ class Originals:
         fetch.add(ref, caller.key, self.access.client(ref.registry, caller))
 
         def verified() -> None:
-            self._remember_came(digest, fetch.name)
-            task = asyncio.create_task(self._learn_came(fetch.name, descriptor))
+            self.proven.came(digest, fetch.name)
+            task = asyncio.create_task(self.proven.record(digest, fetch.name, descriptor.size))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
         return self._joined(intake.begin(digest, descriptor.size, fetch.stream, verified, fetch), ref, caller)
-
-    def _remember_came(self, digest: str, name: str) -> None:
-        names = self._came.setdefault(digest, OrderedDict())
-        names[name] = None
-        self._came.move_to_end(digest)
-        if len(names) > _MOST_NAMES:
-            names.popitem(last=False)
-        if len(self._came) > self._most_came:
-            self._came.popitem(last=False)
 
     async def make_whole(self, ref: Reference, digest: str, caller: Caller, seconds: float) -> bool:
         """Have all of a blob brought here, once for all who want that; False if it is not done after `seconds`.
@@ -323,9 +294,6 @@ class Originals:
             original = self.intake.arriving(digest)
         if isinstance(original, Arriving):
             await original.settled()
-
-    async def _learn_came(self, name: str, descriptor: Descriptor) -> None:
-        await self.records.learn(f"{_CAME}{name}@{descriptor.digest}", descriptor.digest, descriptor.size)
 
     async def head(self, ref: Reference, digest: str, offset: int, most: int) -> bytes:
         """Return at most `most` bytes at `offset` of a blob that is arriving; they are not verified yet."""
@@ -368,32 +336,6 @@ class Originals:
         await self.access.close()
 
 
-def _registry_of(name: str) -> str:
-    return name.partition("/")[0]
-
-
 async def _manifest(client: RegistryClient, ref: Reference) -> Fetched:
     descriptor, raw = await client.manifest(ref)
     return Fetched(raw, descriptor.digest, descriptor.media_type)
-
-
-def _paged(page: TagsPage, parameters: dict[str, str]) -> TagsPage:
-    """Return the page that was asked for, in order, also from a registry that answers with all tags whatever it is."""
-    most, last = int(parameters.get("n", len(page.tags))), parameters.get("last", "")
-    if len(page.tags) <= most and last not in page.tags:
-        return page if page.following else TagsPage(tuple(sorted(page.tags)), {})
-    tags = sorted(tag for tag in page.tags if tag > last)
-    following = {"n": str(most), "last": tags[most - 1]} if 0 < most < len(tags) else {}
-    return TagsPage(tuple(tags[:most]), following)
-
-
-def _index(entries: list[Descriptor]) -> bytes:
-    rows = []
-    for entry in entries:
-        row: dict[str, Any] = {"mediaType": entry.media_type, "digest": entry.digest, "size": entry.size}
-        if entry.artifact_type:
-            row["artifactType"] = entry.artifact_type
-        if entry.annotations:
-            row["annotations"] = entry.annotations
-        rows.append(row)
-    return msgspec.json.encode({"schemaVersion": 2, "mediaType": media_types.OCI_INDEX, "manifests": rows})

@@ -1,7 +1,8 @@
 """Send an `Original` over HTTP: status and headers of the range that is asked for, then parts as they come.
 
-When it fails after the headers are out there is no way to say so but to cut the connection: the client then has fewer
-bytes than Content-Length promised, which every client takes for a failure.
+The bytes go as `dadi/blobs/answering.py` sends them. When it fails after the headers are out there is no way to say so
+but to cut the connection: the client then has fewer bytes than Content-Length promised, which every client takes for a
+failure.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from collections.abc import Mapping
 
 import structlog
 from aiohttp import web
+from aiohttp.http import SERVER_SOFTWARE
 
-from dadi.blobs.serving import send, write
+from dadi.blobs.answering import Answer
 from dadi.errors import DadiError
 from dadi.originals import byte_range
 from dadi.originals.original import Original, OriginalPart
@@ -33,27 +35,30 @@ async def respond(request: web.Request, digest: str, original: Original, headers
         wanted = None
     offset, length, status = byte_range.parse(wanted, original.size)
     answer = {"Accept-Ranges": "bytes", "Docker-Content-Digest": digest, "ETag": etag, **headers}
+    answer["Server"] = SERVER_SOFTWARE  # as aiohttp has it for HEAD: both say the same
     if _is_known(request, etag):
         return web.Response(status=304, headers={"ETag": etag, "Docker-Content-Digest": digest})
     if status == 416:
         answer["Content-Range"] = f"bytes */{original.size}"
     elif status == 206:
         answer["Content-Range"] = f"bytes {offset}-{offset + length - 1}/{original.size}"
-    response = web.StreamResponse(status=status, headers=answer)
-    response.content_length = length
+    answer["Content-Length"] = str(length)
     counts["requests"] += 1
     if request.method == "HEAD" or not length:
-        await response.prepare(request)
-        return response
+        empty = web.StreamResponse(status=status, headers=answer)
+        await empty.prepare(request)
+        return empty
+    response = Answer(request, status, answer)
     async with contextlib.aclosing(original.parts(offset, length)) as parts:
         part = await anext(parts)  # what fails now can still be told
-        await response.prepare(request)
+        await response.begin()
         try:
-            await _send(request, response, part)
+            await _send(response, part)
             counts["bytes"] += part.length
             async for part in parts:
-                await _send(request, response, part)
+                await _send(response, part)
                 counts["bytes"] += part.length
+            await response.end()
         except DadiError as error:
             counts["cut"] += 1
             log.warning("cut an answer off", blob=digest, why=error.message)
@@ -67,8 +72,8 @@ def _is_known(request: web.Request, etag: str) -> bool:
     return said == "*" or etag in [one.strip().removeprefix("W/") for one in said.split(",")]
 
 
-async def _send(request: web.Request, response: web.StreamResponse, part: OriginalPart) -> None:
+async def _send(response: Answer, part: OriginalPart) -> None:
     if part.data is None:
-        await send(request, response, part.fd, part.offset, part.length)
-        return
-    await write(request, response, part.data)
+        await response.file(part.fd, part.offset, part.length)
+    else:
+        await response.write(part.data)

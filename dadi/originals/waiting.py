@@ -18,23 +18,18 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import TYPE_CHECKING
 
 from dadi.errors import DigestMismatch
+from dadi.originals.messages import OriginalAnswer
 from dadi.originals.original import Original, OriginalPart
 
-if TYPE_CHECKING:
-    from dadi.originals.client import OriginalAnswer
-
-HEAD = 16 << 10
-"""Bytes that a superpeer gives in advance at a time."""
 PATIENCE = 45.0
 """Seconds: clients (containerd's image_pull_progress_timeout among them) give up after a minute without a byte."""
 _SOON = 1
 _HASTY = 5
 """How often it is asked again soon while the client has nothing."""
 
-Ask = Callable[[int, int], Awaitable["OriginalAnswer"]]
+Ask = Callable[[int, int], Awaitable[OriginalAnswer]]
 """Asks the superpeer, which waits (seconds) and gives bytes from an offset; raises what cannot be helped."""
 
 
@@ -87,7 +82,7 @@ async def _rest(original: Original, offset: int, length: int, given: bytes) -> A
                 found = await asyncio.to_thread(os.pread, part.fd, count, part.offset)
             if found != given[at : at + count]:
                 why = f"the first bytes of {original!r} were not what its digest says"
-                raise DigestMismatch(why, source="superpeers")
+                raise DigestMismatch(why, source="superpeers", hint="ask again: a registry or mirror had sent them")
             at += count
             if count < part.length:
                 rest = data[count:] if data is not None else None

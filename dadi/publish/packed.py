@@ -25,7 +25,7 @@ import zstandard
 
 from dadi import digest as digests
 from dadi.index import seek
-from dadi.index.chunks import DEFAULT_CHUNK_SIZE, ChunkTable
+from dadi.index.chunks import DEFAULT_CHUNK_SIZE, ChunkHashes
 from dadi.index.layer import LayerIndex
 from dadi.index.seek import COMPRESSED_CHUNK, Form, SeekPoint, SeekTable
 from dadi.publish.work import temporary
@@ -75,10 +75,8 @@ class PackedLayer:
         self._held = 0
         self._frames: deque[Future[bytes]] = deque()
         self._points: list[SeekPoint] = []
-        self._size = 0
         self._hash = hashlib.sha256()
-        self._tail = b""
-        self._digests: list[bytes] = []
+        self._chunks = ChunkHashes(COMPRESSED_CHUNK)
 
     def write(self, data: bytes, /) -> None:
         """Take the next bytes of the tar."""
@@ -99,14 +97,11 @@ class PackedLayer:
             self._put(self._frames.popleft().result())
         with self._kept():
             self._file.close()  # what is buffered is written now
-        if self._tail:
-            self._digests.append(hashlib.sha256(self._tail).digest())
         digest = digests.from_raw(self._hash.digest())
-        compressed = ChunkTable(self._size, COMPRESSED_CHUNK, b"".join(self._digests))
         table = SeekTable(
-            seek.VERSION, Form.ZSTD, digest, index.diff_id, index.table.size, compressed, tuple(self._points)
+            seek.VERSION, Form.ZSTD, digest, index.diff_id, index.table.size, self._chunks.table(), tuple(self._points)
         )
-        return msgspec.structs.replace(index, layer_digest=digest, layer_size=self._size), table
+        return msgspec.structs.replace(index, layer_digest=digest, layer_size=self._chunks.size), table
 
     def close(self) -> None:
         """Let go of the file, and of what was not written."""
@@ -126,13 +121,8 @@ class PackedLayer:
             self._put(self._frames.popleft().result())
 
     def _put(self, frame: bytes) -> None:
-        self._points.append(SeekPoint(self._size * 8, len(self._points) * DEFAULT_CHUNK_SIZE, False, b""))
+        self._points.append(SeekPoint(self._chunks.size * 8, len(self._points) * DEFAULT_CHUNK_SIZE, False, b""))
         with self._kept():
             self._file.write(frame)
-        self._size += len(frame)
         self._hash.update(frame)
-        pending = self._tail + frame
-        whole = len(pending) - len(pending) % COMPRESSED_CHUNK
-        for at in range(0, whole, COMPRESSED_CHUNK):
-            self._digests.append(hashlib.sha256(pending[at : at + COMPRESSED_CHUNK]).digest())
-        self._tail = pending[whole:]
+        self._chunks.update(frame)

@@ -1,0 +1,119 @@
+"""The store and the link that keeps in it, on a disk that fails a write: the read goes on, nothing half-made stays."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dadi.blobs import disk
+from dadi.blobs.disk import DiskBlobs
+from dadi.blobs.kept import Kept
+from dadi.blobs.layout import BlobDirectory
+from dadi.errors import StoreFull, Unavailable
+from dadi.fallbacks import Fallbacks
+from dadi.index.chunks import Blob, blob_of
+from tests.contracts.store import C, content, parts_of
+from tests.fakes.sources import ScriptedSource
+
+DATA = content(3 * C + 5)
+BLOB = blob_of(DATA, C)
+PARTS = parts_of(BLOB, DATA)
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[DiskBlobs]:
+    store = DiskBlobs(tmp_path)
+    yield store
+    await store.close()
+
+
+def blobs(store: DiskBlobs) -> list[Path]:
+    return list((store.root / "blobs").iterdir())
+
+
+def failing(error: int) -> Any:
+    def fails(*arguments: Any, **options: Any) -> None:
+        raise OSError(error, os.strerror(error))
+
+    return fails
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(errno.ENOSPC, "not kept: store full"), (errno.EIO, "not kept: disk failed")]
+)
+async def test_a_chunk_that_the_disk_does_not_take_is_read_all_the_same(
+    store: DiskBlobs, monkeypatch: pytest.MonkeyPatch, error: int, kind: str
+) -> None:
+    source, fallbacks = ScriptedSource((BLOB, DATA)), Fallbacks()
+    kept = Kept(store, source, fallbacks)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", failing(error))
+        assert await kept.read(BLOB, range(2)) == PARTS[:2]
+    assert [row["kind"] for row in fallbacks.statistics()] == [kind]
+    assert await store.missing(BLOB) == [0, 1, 2, 3], "nothing is marked that was not written"
+    assert await kept.read(BLOB, range(2)) == PARTS[:2]
+    assert await store.missing(BLOB) == [2, 3]
+    assert source.chunks_asked == [0, 1, 0, 1]
+
+
+async def test_a_write_that_the_disk_cuts_short_marks_nothing(
+    store: DiskBlobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.pwrite
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[: len(data) // 2], at))
+        with pytest.raises(StoreFull):
+            await store.keep(BLOB, 0, PARTS[:1])
+    assert await store.missing(BLOB) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("error", "told"), [(errno.ENOSPC, StoreFull), (errno.EROFS, Unavailable)])
+async def test_a_blob_whose_files_cannot_be_made_leaves_none(
+    store: DiskBlobs, monkeypatch: pytest.MonkeyPatch, error: int, told: type[Exception]
+) -> None:
+    create = BlobDirectory.create
+
+    def half(directory: BlobDirectory, blob: Blob) -> None:
+        create(directory, blob)
+        raise OSError(error, os.strerror(error))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlobDirectory, "create", half)
+        with pytest.raises(told):
+            await store.prepare(BLOB)
+    assert blobs(store) == []
+    await store.keep(BLOB, 0, PARTS)
+    await store.finish(BLOB)
+
+
+@pytest.mark.parametrize(("error", "told"), [(errno.ENOSPC, StoreFull), (errno.EIO, Unavailable)])
+async def test_a_whole_blob_that_cannot_be_moved_in_is_no_blob_and_leaves_no_file(
+    store: DiskBlobs, monkeypatch: pytest.MonkeyPatch, error: int, told: type[Exception]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(BlobDirectory, "mark_complete", failing(error))
+        with pytest.raises(told):
+            await store.put(DATA)
+    assert not store.has(blob_of(DATA).digest)
+    assert blobs(store) == list((store.root / "incoming").iterdir()) == []
+    assert await store.get((await store.put(DATA)).digest) == DATA
+
+
+async def test_a_blob_that_the_disk_does_not_let_go_vouches_for_nothing(
+    store: DiskBlobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = await store.put(DATA)
+    with monkeypatch.context() as patch:
+        patch.setattr(disk.files.shutil, "rmtree", failing(errno.EIO))
+        assert await store.remove(blob.digest)
+    assert not store.has(blob.digest)
+    assert not (blobs(store)[0] / "complete").exists()
+    await store.close()
+    again = DiskBlobs(store.root)
+    assert not again.has(blob.digest)
+    await again.close()
