@@ -22,7 +22,7 @@ Who may is said in `who_may.py`: images and tokens ask for registry credentials,
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from functools import partial
 from typing import Any
 
@@ -37,7 +37,7 @@ from dadi.index import build
 from dadi.index.image import ImageIndex
 from dadi.oci.reference import Reference
 from dadi.peers import shown
-from dadi.peers.gate import AUTHORIZATION, OPEN
+from dadi.peers.gate import AUTHORIZATION, OPEN, Doorman
 from dadi.peers.keys import Keys
 from dadi.wire import Event
 from superpeer.catalog import ImageRecord
@@ -60,19 +60,18 @@ def create(superpeer: Superpeer, who_may: WhoMay | None = None) -> web.Applicati
     app = http.application()
     gate = who_may.gate if who_may else OPEN
     shared = _shared_layers(superpeer, who_may) if who_may else None
+    if who_may:
+        superpeer.connect(who_may)
     if shared:
         app.on_cleanup.append(lambda app: shared.close())
+    if superpeer.siblings:
+        app.cleanup_ctx.append(partial(_catching_up, superpeer.siblings))
+        if who_may and gate is not OPEN:
+            app.cleanup_ctx.append(partial(_keys_of_siblings, superpeer.siblings, who_may, superpeer.fallbacks))
     blobs = BlobServer(superpeer, Compressor(cache=superpeer.config.compressed_cache), gate, learn=superpeer.learn)
     peers = Peers(superpeer.config.peers, gate=gate)
     originals = OriginalServer(superpeer.originals, who_may)
     siblings = SiblingServer(superpeer.store, superpeer.catalog, superpeer.shown, gate)
-    if superpeer.siblings:
-        app.cleanup_ctx.append(partial(_catching_up, superpeer.siblings))
-    if who_may and superpeer.siblings:
-        superpeer.siblings.headers = who_may.sibling_headers
-        superpeer.siblings.list_headers = who_may.sibling_list_headers
-        if gate is not OPEN:
-            app.cleanup_ctx.append(partial(_keys_of_siblings, superpeer.siblings, who_may, superpeer.fallbacks))
 
     def statistics() -> dict[str, Any]:
         access = {"access": who_may.statistics()} if who_may else {}
@@ -80,6 +79,16 @@ def create(superpeer: Superpeer, who_may: WhoMay | None = None) -> web.Applicati
                 "sent_to_proxies": originals.statistics()}  # fmt: skip
         return {**superpeer.statistics(), **sent, "peers": peers.statistics(), **access}
 
+    app.router.add_get("/v1/blobs/{digest}", blobs.handle)
+    for part in (ImageServer(superpeer, who_may, shared), siblings, originals, peers,
+                 PrefetchServer(superpeer.prefetch, who_may), TraceServer(superpeer, gate)):  # fmt: skip
+        part.add_routes(app.router)
+    app.cleanup_ctx.append(peers.running)
+    _add_status(app.router, gate, statistics)
+    return app
+
+
+def _add_status(router: web.UrlDispatcher, gate: Doorman, statistics: Callable[[], dict[str, Any]]) -> None:
     async def healthz(request: web.Request) -> web.Response:
         return web.Response(text="ok\n")
 
@@ -91,27 +100,46 @@ def create(superpeer: Superpeer, who_may: WhoMay | None = None) -> web.Applicati
             numbers["fallbacks"] = [{**row, "why": ""} for row in numbers["fallbacks"]]
         return web.json_response(numbers)
 
-    async def images(request: web.Request) -> web.StreamResponse:
+    router.add_get("/healthz", healthz)
+    router.add_get("/v1/status", status)
+    router.add_get("/metrics", metrics.handler("dadi_superpeer", statistics))
+
+
+class ImageServer:
+    """The handlers of images, and of the tokens for their blobs. Without `who_may`, and `shared`, open to all."""
+
+    def __init__(self, superpeer: Superpeer, who_may: WhoMay | None, shared: SharedLayers | None) -> None:
+        self._superpeer = superpeer
+        self._who_may = who_may
+        self._shared = shared
+
+    def add_routes(self, router: web.UrlDispatcher) -> None:
+        """Add what the head of this file lists."""
+        router.add_get("/v1/images", self._images)
+        router.add_get("/v1/token", self._token)
+        router.add_get("/v1/keys", self._keys)
+
+    async def _images(self, request: web.Request) -> web.StreamResponse:
         reference, platform = _asked(request)
-        if who_may is None or shared is None:
-            return await http.stream_events(request, resolving(superpeer, reference, platform))
+        if self._who_may is None or self._shared is None:
+            return await http.stream_events(request, resolving(self._superpeer, reference, platform))
         credential = request.headers.get(shown.HEADER)
         address = request.remote or ""
-        events = resolving_for(superpeer, who_may, shared, credential, reference, platform, address)
+        events = resolving_for(self._superpeer, self._who_may, self._shared, credential, reference, platform, address)
         return await http.stream_events(request, events)
 
-    async def token(request: web.Request) -> web.Response:
+    async def _token(self, request: web.Request) -> web.Response:
+        superpeer, who_may, shared = self._superpeer, self._who_may, self._shared
         reference, platform = _asked(request)
         if who_may is None or shared is None:
             raise InvalidRequest("this superpeer gives no tokens")
-        credential = request.headers.get(shown.HEADER)
+        credential, address = request.headers.get(shown.HEADER), request.remote or ""
         if AUTHORIZATION in request.headers:
-            renewed = await who_may.renew(request.headers, credential, address=request.remote or "",
-                                          check=shared.check_renewal)  # fmt: skip
+            renewed = await who_may.renew(request.headers, credential, address=address, check=shared.check_renewal)
             superpeer.catalog.touch(reference.rpartition("@")[2])
             return web.json_response(renewed)
         ref = Reference.parse(reference)
-        grant = await who_may.check(ref, credential, request.remote or "")
+        grant = await who_may.check(ref, credential, address)
         # Known by its manifest, and here, it needs no registry: it may be away, and the image run all the same.
         record = superpeer.catalog.by_manifest(ref.digest, ref.name, same=True) if ref.digest else None
         if record is None:
@@ -119,27 +147,12 @@ def create(superpeer: Superpeer, who_may: WhoMay | None = None) -> web.Applicati
         image = superpeer.catalog.image(record)
         firm = await _checked(superpeer, shared, ref, credential, record, image)
         return web.json_response(who_may.tokens(_pinned(ref, record), image, record.index_digest, grant, firm=firm,
-                                                address=request.remote or ""))  # fmt: skip
+                                                address=address))  # fmt: skip
 
-    async def keys(request: web.Request) -> web.Response:
-        if who_may is None:
+    async def _keys(self, request: web.Request) -> web.Response:
+        if self._who_may is None:
             raise InvalidRequest("this superpeer has no keys")
-        return web.Response(body=msgspec.json.encode(who_may.public()), content_type="application/json")
-
-    app.router.add_get("/healthz", healthz)
-    app.router.add_get("/v1/status", status)
-    app.router.add_get("/v1/images", images)
-    app.router.add_get("/v1/token", token)
-    app.router.add_get("/v1/keys", keys)
-    app.router.add_get("/v1/blobs/{digest}", blobs.handle)
-    siblings.add_routes(app.router)
-    originals.add_routes(app.router)
-    peers.add_routes(app.router)
-    PrefetchServer(superpeer.prefetch, who_may).add_routes(app.router)
-    TraceServer(superpeer, gate).add_routes(app.router)
-    app.cleanup_ctx.append(peers.running)
-    app.router.add_get("/metrics", metrics.handler("dadi_superpeer", statistics))
-    return app
+        return web.Response(body=msgspec.json.encode(self._who_may.public()), content_type="application/json")
 
 
 async def resolving(superpeer: Superpeer, reference: str, platform: str) -> AsyncGenerator[Event, None]:
@@ -182,10 +195,7 @@ async def resolving_for(
 
 def _shared_layers(superpeer: Superpeer, who_may: WhoMay) -> SharedLayers:
     limits = build.Limits(max_uncompressed_size=superpeer.config.indexing.max_layer_size)
-    shared = SharedLayers(who_may, superpeer.catalog, superpeer.shown, superpeer.registry, limits=limits)
-    if superpeer.siblings is not None:
-        shared.learn = superpeer.learn
-    return shared
+    return SharedLayers(who_may, superpeer.catalog, superpeer.shown, superpeer.registry, superpeer.learn, limits=limits)
 
 
 async def _checked(

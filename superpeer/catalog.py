@@ -25,7 +25,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from dadi.blobs.layout import write_durably
+from dadi.blobs.layout import remove_or_log, write_durably
 from dadi.blobs.store import BlobStore
 from dadi.errors import DadiError, NotFound
 from dadi.index import image as image_index
@@ -54,12 +54,17 @@ class ImageRecord(msgspec.Struct, frozen=True):
 
 
 class Catalog:
-    """The records, in memory and under `directory`."""
+    """The records, in memory and under `directory`.
 
-    def __init__(
-        self, directory: Path, store: BlobStore, *, most: int = 2000, clock: Callable[[], float] = time.time
-    ) -> None:
-        """`most`: records that are kept; the ones that were asked for least recently go first."""
+    `most`: records that are kept; the ones that were asked for least recently go first, except those that are pinned.
+    `has_shown`: whether a repository has shown that it has a layer (`shown_layers.py`); `is_pinned`: whether a record
+    stays, however long nobody has used it (`jobs_pins.py`); `on_adopted` is told of each layer of an image that was
+    taken over from a sibling.
+    """
+
+    def __init__(self, directory: Path, store: BlobStore, *, most: int, has_shown: Callable[[Layer], bool],
+                 is_pinned: Callable[[ImageRecord], bool], on_adopted: Callable[[Layer], None],
+                 clock: Callable[[], float] = time.time) -> None:  # fmt: skip
         self._directory = directory
         self._store = store
         self._clock = clock
@@ -70,12 +75,9 @@ class Catalog:
         """By diff ID: a reference in whose repository the layer is, and the layer."""
         self._claims: dict[str, Counter[Layer]] = {}
         """By blob: which repositories say that they have it, and how many records of each."""
-        self.has_shown: Callable[[Layer], bool] = lambda layer: False
-        """Whether a repository has shown that it has a layer (`shown_layers.py`)."""
-        self.on_adopted: Callable[[Layer], None] = lambda layer: None
-        """Told of each layer of an image that was taken over from a sibling."""
-        self.is_pinned: Callable[[ImageRecord], bool] = lambda record: False
-        """Whether a record stays, however long nobody has used it (`jobs_pins.py`)."""
+        self._has_shown = has_shown
+        self._is_pinned = is_pinned
+        self._on_adopted = on_adopted
         self._proven: set[tuple[str, str]] = set()
         """Indexes from registries (`found_index`) that were checked against whole layers since the start."""
         self._held: dict[str, contextlib.ExitStack] = {}
@@ -102,7 +104,7 @@ class Catalog:
                 log.error("could not read what is known of an image", file=str(path), why=str(error))
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, DadiError) as error:
                 log.warning("dropped what was known of an image", file=str(path), why=str(error))
-                await asyncio.to_thread(path.unlink, missing_ok=True)
+                await asyncio.to_thread(remove_or_log, path)
 
     def _oldest_first(self) -> list[Path]:
         def written(path: Path) -> float:
@@ -222,7 +224,7 @@ class Catalog:
             await self._keep(record)
         if (index := self._images.get(record.index_digest)) is not None:
             for layer in index.layers:
-                self.on_adopted(_claimed(record.reference, layer))
+                self._on_adopted(_claimed(record.reference, layer))
 
     async def confirm(self, record: ImageRecord, reference: str, platform: str, top_digest: str) -> ImageRecord:
         """Remember that the registry said so just now, be it of another reference or platform."""
@@ -256,7 +258,7 @@ class Catalog:
         for index_digest, records in self._of_index.items():
             last = max(records, key=used)
             uses[last] = max(uses[last], self._read.get(index_digest, 0))
-        loose = [key for key in uses if not self.is_pinned(self._records[key])]
+        loose = [key for key in uses if not self._is_pinned(self._records[key])]
         return self._records[min(loose, key=uses.__getitem__)] if loose else None
 
     async def _remember(self, record: ImageRecord) -> None:
@@ -316,7 +318,7 @@ class Catalog:
         self._without_record(key, record.index_digest)
         if any(reference == record.reference for reference, _ in self._layers.values()):
             self._relearn()  # who has no image here any more is not asked for layers of others'
-        await asyncio.to_thread(self._file(record).unlink, missing_ok=True)
+        await asyncio.to_thread(remove_or_log, self._file(record))
 
     def _let_go(self, index_digest: str) -> None:
         held = self._held.pop(index_digest, None)
@@ -349,7 +351,7 @@ class Catalog:
                 self._layers[layer.diff_id] = (reference, layer)
 
     def _rank(self, reference: str, layer: ImageLayer) -> tuple[bool, bool]:
-        return self._is_proven(layer), self.has_shown(_claimed(reference, layer))
+        return self._is_proven(layer), self._has_shown(_claimed(reference, layer))
 
     async def _write(self, record: ImageRecord) -> None:
         try:

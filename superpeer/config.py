@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from dadi.blobs.config import StoreConfig
 from dadi.config import RATE, SECONDS, SIZE, described
 from dadi.errors import Malformed
 from dadi.index.chunks import DEFAULT_CHUNK_SIZE, ChunkTable
@@ -13,14 +14,6 @@ from dadi.log import LogLevel
 from dadi.oci.config import RegistryConfig
 from dadi.originals.config import OriginalsConfig
 from dadi.tls import TlsConfig
-
-
-class StoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where blobs are kept."""
-
-    limit: Annotated[
-        int, described("how much disk blobs may take; the least recently used go first; 0: no limit", SIZE, at_least=0)
-    ] = 0
 
 
 class IndexingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from dadi.blobs.layout import write_durably
+from dadi.blobs.layout import remove_or_log, write_durably
 from dadi.errors import DadiError
 from dadi.prefetch.messages import Job, canonical, job_id
 
@@ -47,7 +47,7 @@ class JobStore:
                 log.error("could not read a prefetch job", file=str(path), why=str(error))
             except (DadiError, msgspec.MsgspecError, ValueError, UnicodeDecodeError, RecursionError) as error:
                 log.warning("threw away what is no prefetch job", file=str(path), why=str(error))
-                path.unlink(missing_ok=True)
+                remove_or_log(path)
         return sorted(jobs, key=lambda job: job.created)
 
     async def save(self, job: Job) -> None:
@@ -62,10 +62,10 @@ class JobStore:
     async def remove(self, job: Job) -> None:
         """Forget a job."""
         async with self._writing:
-            await _to_its_end(lambda: (self._directory / f"{job.id}.json").unlink(missing_ok=True))
+            await _to_its_end(lambda: remove_or_log(self._directory / f"{job.id}.json"))
 
 
-async def _to_its_end(work: Callable[[], None]) -> None:
+async def _to_its_end(work: Callable[[], object]) -> None:
     """Do work in a thread; who is cancelled meanwhile waits for it: it would overtake what is written next."""
     working = asyncio.ensure_future(asyncio.to_thread(work))
     cancelled: asyncio.CancelledError | None = None

@@ -1,17 +1,20 @@
 """Prefetch jobs: kept on disk, resumed after a restart; one for an image, platform and scope, however often asked for.
 
-    submit    a new job; or the same one: under way it goes on (`messages.joined`), over it begins anew
-    a task    for each job that is not over: attempts (`jobs_warm.py`), with pauses while a registry or sibling is away
-    slots     how many steps are worked on at a time, by priority: `jobs_pace.py`; rates: `jobs_rates.py`
-    pins      what is kept from eviction while a job runs, and until `pin_until` when it has succeeded: `jobs_pins.py`
-    secrets   credentials that came with a request are used while its job runs (`jobs_secrets.py`); after a restart a
-              job that cannot do without fails, and says that it is to be submitted again
-    patience  while a registry is away a job is begun anew: `jobs_tries.py`
-    success   is what `verify` says (`jobs_ready.py`), asked at the end
+      operator, sibling, node ──HTTP──► jobs_http ── who may: jobs_operators, and the image's registry
+                                           │ submit, cancel, retry, follow
+                                           ▼
+      job_store ◄── each change ───────  jobs.py  ── what the image is ──► jobs_telling ──► siblings
+                                           │ a task for each job that is not over
+           when again: jobs_tries          ▼
+           with whose    ◄────────────  an attempt: jobs_warm ─────────────────────────► jobs_ready: is all here?
+           credentials:                    │ resolve        │ index     │ warm             │ yes
+           jobs_secrets                    ▼                ▼           ▼                  ▼
+                               jobs_together, jobs_room   slots, turns, pace: jobs_pace   jobs_pins: kept until a time
+                               does it come in time, fit  rates: jobs_rates               jobs_nodes: nodes are asked to
 
-Who may do what is in `jobs_operators.py`, states in `dadi/prefetch/life.py`, messages in `dadi/prefetch/messages.py`,
-HTTP in `jobs_http.py`, what nodes are asked to do in `jobs_nodes.py`, what siblings are told in `jobs_telling.py`;
-whether a deadline can be met, by all images of a command together, in `jobs_together.py`.
+States are in `dadi/prefetch/life.py`, messages in `dadi/prefetch/messages.py`. A job that is asked for again goes on as
+`messages.joined` says if it is under way, and begins anew if it is over. Credentials that came with it are forgotten
+when it is over, and by a restart: one that cannot do without fails then, and says that it is to be submitted again.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ import structlog
 from dadi.errors import AccessDenied, Conflict, DadiError, NotFound, Unavailable
 from dadi.oci.credentials import Credentials
 from dadi.prefetch.life import Event, State, after
-from dadi.prefetch.messages import Job, Request, job_id, joined
+from dadi.prefetch.messages import Job, Readiness, Request, job_id, joined
 from dadi.prefetch.rate import Bucket
 from dadi.wire import error_fields
 from superpeer.job_store import JobStore
@@ -37,7 +40,8 @@ from superpeer.jobs_operators import Operators
 from superpeer.jobs_pace import PACE, Pace, Sleep, Slots
 from superpeer.jobs_pins import Pins
 from superpeer.jobs_rates import Rates
-from superpeer.jobs_ready import Shares
+from superpeer.jobs_ready import Shares, StartupChunks
+from superpeer.jobs_room import Room
 from superpeer.jobs_telling import Telling
 from superpeer.jobs_together import Together
 from superpeer.jobs_tries import Tries
@@ -58,14 +62,14 @@ _SWEEP_EVERY = 30.0
 class Prefetcher:
     """See the head of this file. `clock`: seconds since 1970."""
 
-    def __init__(self, superpeer: Superpeer, *, clock: Callable[[], float] = time.time,
-                 sleep: Sleep = asyncio.sleep) -> None:  # fmt: skip
+    def __init__(self, superpeer: Superpeer, startup_chunks: StartupChunks, *,
+                 clock: Callable[[], float] = time.time, sleep: Sleep = asyncio.sleep) -> None:  # fmt: skip
         config = superpeer.config.prefetch
         self._superpeer = superpeer
         self._config = config
         self.clock = clock
         self.sleep = sleep
-        self.shares = Shares(superpeer)
+        self.shares = Shares(superpeer, startup_chunks)
         self.nodes = JobNodes(self.shares, lambda: self.clock())
         self._files = JobStore(Path(superpeer.config.state) / "prefetch")
         self._jobs: dict[str, Job] = {}
@@ -76,6 +80,7 @@ class Prefetcher:
         self.rates = Rates(lambda: self.clock())
         self.tries = Tries(lambda: self.clock(), lambda seconds: self.sleep(seconds), config.keep_trying)
         self.telling = Telling(superpeer, lambda: self.clock())
+        self._room = Room(superpeer, self.shares)
         self.together = Together(self._jobs.values, lambda: self.clock(), config.rate)
         self._slots = Slots(config.parallel)
         self._indexing = Slots(config.parallel), Slots(4 * config.parallel)
@@ -126,11 +131,7 @@ class Prefetcher:
             else:
                 job.request = request  # what is pinned stays so, by its manifest
                 await self._renew(job)
-            job.manifest_digest, job.top_digest = request.manifest, ""
-            self._give(job, credentials)
-            await self._files.save(job)
-            self._begin(job)
-            return job
+            return await self._set_off(job, credentials)
 
     async def _join(self, job: Job, request: Request, credentials: Credentials | None) -> None:
         """Have a job under way do what it is asked for once more. Raises InvalidRequest, and changes nothing then."""
@@ -156,7 +157,7 @@ class Prefetcher:
     def find(self, job: str) -> Job:
         """Return a job. Raises NotFound."""
         if job not in self._jobs:
-            raise NotFound(f"there is no prefetch job {job[:64]!r}", hint="dadi prefetch list shows them")
+            raise no_such_job(job)
         return self._jobs[job]
 
     def jobs(self) -> list[Job]:
@@ -190,11 +191,7 @@ class Prefetcher:
                 raise Conflict(f"job {job.id} is {job.state.value}", hint="cancel it first, or wait")
             job.request = msgspec.structs.replace(job.request, manifest="")
             await self._renew(job)
-            job.manifest_digest = job.top_digest = ""
-            self._give(job, credentials)
-            await self._files.save(job)
-            self._begin(job)
-            return job
+            return await self._set_off(job, credentials)
 
     async def follow(self, name: str) -> AsyncIterator[Job]:
         """Yield a job whenever it has changed, until it is over. Raises NotFound."""
@@ -214,11 +211,18 @@ class Prefetcher:
     async def _renew(self, job: Job) -> None:
         self._happens(job, Event.RETRY)
         await self._stop(job)
-        job.error, job.notes, job.lacking = None, [], []
         self.nodes.forget(job)
+        job.error, job.notes, job.lacking = None, [], []
         job.total = job.done = job.registry = job.tries = 0
         job.failing = job.patience = 0.0
         job.proven, job.needs_credentials, job.private = "", False, False
+
+    async def _set_off(self, job: Job, credentials: Credentials | None) -> Job:
+        job.manifest_digest, job.top_digest = job.request.manifest, ""
+        self._give(job, credentials)
+        await self._files.save(job)
+        self._begin(job)
+        return job
 
     def _begin(self, job: Job) -> None:
         task = self._tasks[job.id] = asyncio.create_task(self._run(job))
@@ -228,6 +232,7 @@ class Prefetcher:
         if self._tasks.get(job.id) is task:
             del self._tasks[job.id]
             self.rates.end(job)
+            self.together.ended(job)
             self.secrets.forget(job.id)
             self.tries.forget(job)
             for pace in self._paces.pop(job.id, ()):
@@ -263,7 +268,8 @@ class Prefetcher:
         except Exception as error:
             # In a thread: to show a traceback is to read files.
             await asyncio.to_thread(log.error, "a prefetch job failed", job=job.id, exc_info=error)
-            await self._failed(job, DadiError(f"a fault of ours, the log has its trace: {error!r}"))
+            hint = f"the log of {job.url or 'the superpeer'} has its trace"
+            await self._failed(job, DadiError(f"a fault of ours in prefetch job {job.id}: {error!r}", hint=hint))
 
     async def _failed(self, job: Job, error: DadiError) -> None:
         self.pins.release(job)
@@ -279,13 +285,13 @@ class Prefetcher:
                     priority=job.request.priority, busy=lambda: self._superpeer.demands > 0,
                     alone=Slots(1) if limited else None)  # fmt: skip
         self._paces.setdefault(job.id, []).append(pace)
-        PACE.set(pace)
-        warming = Warming(self._superpeer, self.shares, job, pace, self._slots, self._indexing[limited],
-                          clock=self.clock, sleep=self.sleep, hold=self.pins.hold)  # fmt: skip
+        PACE.set(pace)  # of this task, and of all that it begins: who reads it is said at `PACE`
+        warming = Warming(self._superpeer, self.shares, self._room, self.together, job, pace, self._slots,
+                          self._indexing[limited], clock=self.clock, sleep=self.sleep, hold=self.pins.hold)  # fmt: skip
         saving = asyncio.create_task(self._keep_saving(job))
         try:
             await self._next(job, Event.BEGIN)
-            await warming.resolve(self.together.check)
+            await warming.resolve()
             if not job.request.manifest:  # somebody has asked for it here; a sibling has told all of it himself
                 self.telling.tell(job)
             await self._next(job, Event.RESOLVED)
@@ -309,6 +315,10 @@ class Prefetcher:
         finally:
             saving.cancel()
             await asyncio.gather(saving, return_exceptions=True)
+        return await self._settled(job, warming, readiness)
+
+    async def _settled(self, job: Job, warming: Warming, readiness: Readiness) -> bool:
+        """Have a job that has done its part be what the proof says; return whether it is over."""
         if not readiness.ready and job.request.scope == "startup" and job.tries < _CHANGES:
             # What containers read at their start was learnt anew meanwhile.
             job.tries += 1
@@ -382,3 +392,9 @@ class Prefetcher:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self.pins.close()
+
+
+def no_such_job(name: str) -> NotFound:
+    """Return what is said of a job that is not there, and of one that may not be seen: ids can be guessed."""
+    hint = "dadi prefetch list shows those of public images; name the image instead of the job to see a private one's"
+    return NotFound(f"there is no prefetch job {name[:64]!r}", hint=hint)

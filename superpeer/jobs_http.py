@@ -2,7 +2,8 @@
 
 Who may: as for `/v1/images`, the registry must let the caller (`Dadi-Registry-Authorization`; nothing: anybody) read
 the image's repository; to look at a job a token that names the image's manifest will do. Who begins, cancels or retries
-one must be an operator besides (`jobs_operators.py`); a sibling shows a token for siblings instead.
+one must be an operator besides (`jobs_operators.py`); a sibling shows a token for siblings instead. Who may not see a
+job is told that there is none.
 The list, and what nodes are told, has the jobs of images that anybody may have, and with `?registry=HOST`, for which
 the credentials are then meant, those of that registry that the caller may have. The credentials are shown to the
 registry for this question; those that come with a job are used for it until it is over (`jobs_secrets.py`), and not
@@ -16,10 +17,11 @@ from collections.abc import AsyncGenerator
 from typing import cast, get_args
 
 import msgspec
+import structlog
 from aiohttp import web
 
 from dadi import http
-from dadi.errors import AccessDenied, DadiError, InvalidRequest, TokenRefused
+from dadi.errors import DadiError, InvalidRequest, TokenRefused
 from dadi.oci.credentials import Credentials
 from dadi.oci.reference import Reference
 from dadi.peers import shown
@@ -36,9 +38,10 @@ from dadi.prefetch.messages import (
     decode_request,
 )
 from dadi.wire import Event
-from superpeer.jobs import Prefetcher
+from superpeer.jobs import Prefetcher, no_such_job
 from superpeer.who_may import WhoMay
 
+log = structlog.get_logger()
 _CHECKS = 8
 """Registries that are asked at a time whether a list may name their images."""
 
@@ -160,13 +163,24 @@ class PrefetchServer:
         return _json(readiness)
 
     async def _found(self, request: web.Request, *, changes: bool = False) -> Job:
-        """Return the job in the path, if the caller may have its image; a node's token `changes` nothing."""
-        job = self._prefetcher.find(request.match_info["id"])
+        """Return the job in the path, if the caller may have its image; a node's token `changes` nothing.
+
+        Whoever names the image is told what its registry says of him, be there such a job or not. Else whom it does
+        not let in, or who asks when it cannot say, is told that there is no such job: ids can be guessed.
+        """
+        name, reference = request.match_info["id"], request.query.get("reference", "")
+        if reference and AUTHORIZATION not in request.headers:
+            await self._check(request, reference, "")
+            job = self._prefetcher.find(name)
+            if job.request.reference != str(Reference.parse(reference)):
+                raise no_such_job(name)
+            return job
+        job = self._prefetcher.find(name)
         try:
             await self._check(request, job.request.reference, "" if changes else job.manifest_digest)
-        except AccessDenied as error:
-            hint = "name the image instead of the job: its credentials are shown then"
-            raise AccessDenied(error.message, hint=hint) from None
+        except DadiError as error:
+            log.info("a prefetch job is not shown", job=job.id, to=request.remote, why=error.message)
+            raise no_such_job(name) from None
         return job
 
     @property

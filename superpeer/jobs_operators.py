@@ -32,6 +32,7 @@ from dadi.prefetch.messages import OPERATOR
 log = structlog.get_logger()
 _TOKEN = re.compile(r"sha256:(?P<hex>[0-9a-f]{64})")
 _MOST = 1 << 20
+_LINES = "a line is `token sha256:HEX [name]` or `client NAME`"
 SHORTEST = 16
 """Characters of a token: hashes of short ones could be guessed by who sees the file."""
 
@@ -57,8 +58,7 @@ def parse(text: str, where: str) -> Named:
         elif words[0] == "client" and len(words) == 2:
             clients.add(words[1].lower())
         else:
-            hint = "a line is `token sha256:HEX [name]` or `client NAME`"
-            raise ConfigError(f"{where}, line {number} names no operator", hint=hint)
+            raise ConfigError(f"{where}, line {number} names no operator", hint=_LINES)
     return Named(tuple(tokens), frozenset(clients))
 
 
@@ -92,13 +92,14 @@ class Operators:
             if stamp == self._stamp:
                 return
             if status.st_size > _MOST:
-                raise ConfigError(f"prefetch.operators: {self._file} has more than {_MOST} bytes")
+                raise ConfigError(f"prefetch.operators: {self._file} has more than {_MOST} bytes", hint=_LINES)
             self._named = parse(Path(self._file).read_text(), self._file)
             self._stamp = stamp
         except OSError as error:
-            raise ConfigError(f"prefetch.operators: {self._file} cannot be read: {error.strerror}") from None
+            hint = 'give a file that the superpeer may read; "" lets in who comes over loopback'
+            raise ConfigError(f"prefetch.operators: {self._file} cannot be read: {error.strerror}", hint=hint) from None
         except UnicodeDecodeError:
-            raise ConfigError(f"prefetch.operators: {self._file} is no text") from None
+            raise ConfigError(f"prefetch.operators: {self._file} is no text", hint=_LINES) from None
 
     async def check(self, headers: Mapping[str, str], address: str, certificate: Mapping[str, Any] | None) -> None:
         """Raise AccessDenied unless an operator asks. `certificate`: as `ssl.SSLSocket.getpeercert` gives it."""

@@ -1,9 +1,9 @@
 """Work that takes its time: who brings something for a prefetch job waits for the job's rate, and makes way.
 
-A `Pace` stands in a context variable of whoever works for a job, and of the tasks that he starts: `origin.py`, whose
-passes outlive their callers, finds it there. Who comes along and is in a hurry (a node that starts the image just now)
-lifts it: from then on the work goes as fast as if he had begun it. When all jobs that something is done for have left,
-and nobody has lifted it, it is broken off.
+A `Pace` stands in a context variable (`PACE`) of the job's task and of all that it begins: between a job and the pass
+over a layer that it wants stand resolving and indexing, which have nothing to do with jobs. Who comes along and is in a
+hurry (a node that starts the image just now) lifts it: from then on the work goes as fast as if he had begun it. When
+all jobs that something is done for have left, and nobody has lifted it, it is broken off.
 
 Turns, for passes over whole layers: a job without a rate waits for one of the patient slots, by priority; one with a
 rate takes none, since it would hold it for hours: it has one pass at a time.
@@ -168,6 +168,14 @@ class Pace:
 
 
 PACE: ContextVar[Pace | None] = ContextVar("pace", default=None)
+"""Of the job that the running task works for; None: of nobody who has time.
+
+    set         in `jobs.py` (`_attempt`), in the job's own task
+    passed on   to what that begins, by itself; to a task that outlives its caller a part of it, by `Pace.begins`
+    looked at   in `resolving.py` (`resolve`, `_look_for_trace`) and `origin.py` (`bring`): is who asks in a hurry?
+                here, in `turn` and `paced`: may the pass over a layer go on?
+    left out    chunks by ranges and from siblings: for them the job waits before it asks (`jobs_warm.py`, `_owned`)
+"""
 
 
 def _broken_off() -> Unavailable:

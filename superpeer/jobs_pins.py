@@ -39,7 +39,6 @@ class Pins:
         self._pinned: dict[_Key, contextlib.ExitStack] = {}
         self._records: dict[_Key, set[tuple[str, str, str]]] = {}
         """Of each pin the records that stay: reference, platform, manifest."""
-        superpeer.catalog.is_pinned = self._is_pinned
 
     def __repr__(self) -> str:
         return f"Pins({len(self._running)} running, {len(self._pinned)} pinned)"
@@ -48,7 +47,8 @@ class Pins:
         """How many images are held."""
         return len(self._running) + len(self._pinned)
 
-    def _is_pinned(self, record: ImageRecord) -> bool:
+    def is_pinned(self, record: ImageRecord) -> bool:
+        """Whether the catalog's record of an image is to stay."""
         key = (record.reference, record.platform, record.manifest_digest)
         return any(key in records for records in self._records.values())
 
@@ -87,7 +87,8 @@ class Pins:
         ref, catalog, store = Reference.parse(job.request.reference), self._superpeer.catalog, self._superpeer.store
         record = catalog.by_manifest(manifest, ref.name)
         if record is None:
-            raise NotFound(f"{ref.name}@{manifest} is no longer known here")
+            hint = f"prefetch {job.request.reference} again, with --pin-until (job {job.id})"
+            raise NotFound(f"{ref.name}@{manifest}, which was to be pinned, is no longer known here", hint=hint)
         index = catalog.image(record)
         digests = [*small(record, index), *(digest for each in index.layers
                                             for digest in (each.diff_id, each.layer_digest))]  # fmt: skip

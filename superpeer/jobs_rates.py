@@ -122,4 +122,5 @@ class Rates:
 
 
 def _batch(job: Job) -> str:
-    return job.request.batch or job.id
+    """Return whom a job shares its rate with: what was asked for together has a batch without a rate, too."""
+    return (job.request.batch if job.request.rate else "") or job.id

@@ -35,11 +35,11 @@ NO_TRACE = "no startup trace of this image is known: all of it is the scope"
 
 
 class Shares:
-    """See the head of this file. `startup_chunks` may be replaced by who keeps traces."""
+    """See the head of this file."""
 
-    def __init__(self, superpeer: Superpeer) -> None:
+    def __init__(self, superpeer: Superpeer, startup_chunks: StartupChunks) -> None:
         self._superpeer = superpeer
-        self.startup_chunks: StartupChunks = lambda record: None
+        self.startup_chunks = startup_chunks
 
     @property
     def url(self) -> str:
@@ -56,6 +56,11 @@ class Shares:
         except Unavailable:
             return ()  # noted where the names are asked for
         return siblings.superpeers.names
+
+    async def answers_for(self, reference: str) -> str:
+        """Return who indexes an image: the superpeer that answers for its reference; `url` where there is one only."""
+        superpeers = await self.superpeers()
+        return owners(reference, superpeers)[0] if superpeers else self.url
 
     async def of(self, record: ImageRecord, scope: Scope) -> tuple[list[Wanted], str]:
         """Return what of an image belongs here, owned blobs first; and a note where the scope is more than it says."""

@@ -29,17 +29,20 @@ class _Secret(msgspec.Struct, eq=False):
 
 
 class JobSecrets:
-    """A source of credentials: those of jobs, then `others`. `forget_grants`: what a client made of them."""
+    """A source of credentials: those of jobs, then `others`.
 
-    def __init__(self, others: CredentialSource) -> None:
+    `forget_grants`: has the registry client, whose source this is, forget what it has made of a repository's.
+    """
+
+    def __init__(self, others: CredentialSource, forget_grants: Callable[[Reference], None]) -> None:
         self._others = others
+        self._forget_grants = forget_grants
         self._jobs: dict[str, _Secret] = {}
         """By job, the one that was given last being last."""
         self._nothing_else: set[tuple[str, str]] = set()
         """Registry and repository where the others' were refused too, after those of jobs."""
         self.given = 0
         """How often credentials were given."""
-        self.forget_grants: Callable[[Reference], None] = lambda reference: None
 
     def __repr__(self) -> str:
         return f"JobSecrets({len(self._jobs)} jobs)"
@@ -50,14 +53,14 @@ class JobSecrets:
         self._jobs[job] = _Secret(reference, credentials)
         self._nothing_else.discard((reference.registry, reference.repository))
         self.given += 1
-        self.forget_grants(reference)  # who was refused before may be let in now
+        self._forget_grants(reference)  # who was refused before may be let in now
 
     def forget(self, job: str) -> None:
         """Forget those of a job that is over."""
         secret = self._jobs.pop(job, None)
         if secret is not None:
             self._nothing_else.discard((secret.reference.registry, secret.reference.repository))
-            self.forget_grants(secret.reference)
+            self._forget_grants(secret.reference)
 
     def has(self, job: str) -> bool:
         """Whether there are any for a job."""

@@ -1,25 +1,48 @@
-"""Whether all images that were asked for together come in time: their sum counts, since they share one rate.
+"""What counts for all images of one command together: they share one rate and one store.
 
-    first looks    each job knows what its image costs the registry when it is resolved; it then waits until the others
-                   of its batch know too, `_PATIENCE` at most (`messages.together` says how many they are). All see the
-                   same sum: all begin or none does, and each names the rate that would do for all
-    later ones     an image that is resolved later counts what the others still lack
+    first looks    each job knows what its image needs when it is resolved; it then waits until the others of its batch
+                   know too, `_PATIENCE` at most (`messages.together` says how many they are). All see the same sums:
+                   all begin or none does; of a deadline each names the rate that would do for all
+    later ones     an image that is resolved later, or known exactly only now, counts what the others still lack
     a job joins    one that is under way and gets another rate or deadline: what it still lacks, at once
+
+What fits is reckoned in `jobs_room.py`, what comes in time in `dadi/prefetch/plan.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterable
+
+import msgspec
 
 from dadi.errors import InvalidRequest
 from dadi.prefetch import plan
 from dadi.prefetch.life import State
 from dadi.prefetch.messages import Job, Request, together
+from superpeer.jobs_room import Needs
 
 _LOOK = 0.05
 _PATIENCE = 10.0
 _UNKNOWN = {State.QUEUED, State.RESOLVING}
+_NOTHING_MORE = {State.FAILED, State.CANCELLED}
+
+
+class Sums(msgspec.Struct, frozen=True):
+    """What all images of a command need: the `images`, first that of who looks; bytes from the `registry`."""
+
+    images: list[Needs]
+    registry: int
+
+
+class _Looking:
+    """The jobs of one batch that look. `needs`: of each that looks, or has looked while another still does."""
+
+    def __init__(self) -> None:
+        self.needs: dict[str, Needs] = {}
+        self.inside = 0
+        self.all_known: asyncio.Task[None] | None = None
 
 
 class Together:
@@ -29,51 +52,76 @@ class Together:
         self._jobs = jobs
         self._clock = clock
         self._rate = rate
-        self._looking: dict[str, dict[str, int]] = {}
-        """By batch: what each job costs that looks, or has looked while another still does."""
-        self._inside: dict[str, int] = {}
+        self._looking: dict[str, _Looking] = {}
+        """By batch."""
+        self._needs: dict[str, Needs] = {}
+        """By job, while anything of its batch is under way: what it needed when it looked."""
 
     def __repr__(self) -> str:
         return f"Together({len(self._looking)} batches)"
 
-    async def check(self, job: Job) -> None:
-        """Raise InvalidRequest, with the rate that would do, if a resolved job and those of its batch come too late."""
-        if not job.request.deadline:
-            return
+    @contextlib.asynccontextmanager
+    async def looking(self, job: Job, needs: Needs) -> AsyncIterator[Sums]:
+        """Wait for the others of a resolved job's batch, then give what all need. `needs`: what the job does.
+
+        Inside, all of them see the same, whatever becomes of one of them meanwhile.
+        """
         batch = job.request.batch
         if not batch:
-            self._check(job.request, job.registry)
+            yield Sums([needs], needs.registry)
             return
-        sizes = self._looking.setdefault(batch, {})
-        sizes[job.id] = job.registry
-        self._inside[batch] = self._inside.get(batch, 0) + 1
+        self._needs[job.id] = needs
+        looking = self._looking.setdefault(batch, _Looking())
+        looking.needs[job.id] = needs
+        looking.inside += 1
         try:
-            waited = 0.0
-            while waited < _PATIENCE and not self._all_known(batch, sizes):
-                await asyncio.sleep(_LOOK)
-                waited += _LOOK
-            self._check(job.request, sum(sizes.values()) + self._besides(batch, sizes))
+            if looking.all_known is None:
+                looking.all_known = asyncio.create_task(self._until_known(batch, looking.needs))
+            await asyncio.wait([looking.all_known])
+            yield self._sums(job, looking.needs)
         finally:
-            self._inside[batch] -= 1
-            if not self._inside[batch]:
-                del self._inside[batch], self._looking[batch]
+            looking.inside -= 1
+            if not looking.inside:
+                del self._looking[batch]
+                if looking.all_known is not None:
+                    looking.all_known.cancel()
 
-    def check_joined(self, job: Job, request: Request) -> None:
-        """Do as `check`, for a job under way that is to go on as the request says."""
-        if request.deadline and job.state not in _UNKNOWN:
-            self._check(request, left(job) + self._besides(request.batch, {job.id: 0}))
+    async def _until_known(self, batch: str, needs: dict[str, Needs]) -> None:
+        """Return when each image of a batch is known, or will not be soon; once for all that wait: they may be many."""
+        waited = 0.0
+        while waited < _PATIENCE and not self._all_known(batch, needs):
+            await asyncio.sleep(_LOOK)
+            waited += _LOOK
 
-    def _all_known(self, batch: str, sizes: dict[str, int]) -> bool:
-        members = [each for each in self._jobs() if each.request.batch == batch]
+    def _all_known(self, batch: str, needs: dict[str, Needs]) -> bool:
+        members = self._members(batch)
         # One whose registry is away is not waited for.
-        unknown = any(each.state in _UNKNOWN and not each.tries for each in members if each.id not in sizes)
+        unknown = any(each.state in _UNKNOWN and not each.tries for each in members if each.id not in needs)
         return len(members) >= together(batch) and not unknown
 
-    def _besides(self, batch: str, sizes: dict[str, int]) -> int:
-        others = (each for each in self._jobs() if batch and each.request.batch == batch and each.id not in sizes)
-        return sum(left(each) for each in others if not each.state.is_over)
+    def _sums(self, job: Job, needs: dict[str, Needs]) -> Sums:
+        mates = [each for name, each in needs.items() if name != job.id]
+        registry = sum(each.registry for each in needs.values())
+        for each in self._members(job.request.batch):
+            if each.id not in needs and each.state not in _NOTHING_MORE:
+                registry += left(each)
+                if (needed := self._needs.get(each.id)) is not None:
+                    mates.append(needed.scaled(_part_left(each)))
+        return Sums([needs[job.id], *mates], registry)
 
-    def _check(self, request: Request, size: int) -> None:
+    def _members(self, batch: str) -> list[Job]:
+        return [each for each in self._jobs() if batch and each.request.batch == batch]
+
+    # ---- in time
+
+    def check_joined(self, job: Job, request: Request) -> None:
+        """Do as `check_deadline`, for a job under way that is to go on as the request says."""
+        if request.deadline and job.state not in _UNKNOWN:
+            others = (each for each in self._members(request.batch) if each.id != job.id)
+            self.check_deadline(request, left(job) + sum(map(left, others)))
+
+    def check_deadline(self, request: Request, size: int) -> None:
+        """Raise InvalidRequest, with the rate that would do, if `size` bytes, of all of a batch, come too late."""
         rate = min((rate for rate in (request.rate, self._rate) if rate), default=0.0)
         try:
             plan.check_deadline(size, rate, at=request.at, deadline=request.deadline, now=self._clock())
@@ -82,7 +130,28 @@ class Together:
                 raise
             raise InvalidRequest(f"{error.message}, all images together", hint=error.hint) from None
 
+    # ---- for who comes later
+
+    def knows(self, job: Job, needs: Needs) -> list[Needs]:
+        """Remember what a job needs by now; return what it and the others of its batch do, without waiting for any."""
+        if job.request.batch:
+            self._needs[job.id] = needs
+        return self._sums(job, {job.id: needs}).images
+
+    def ended(self, job: Job) -> None:
+        """Forget what a job's batch needed, if nothing of it is under way any more."""
+        members = self._members(job.request.batch)
+        if all(each.state.is_over for each in members):
+            for each in (job, *members):
+                self._needs.pop(each.id, None)
+
 
 def left(job: Job) -> int:
     """Return the bytes that a job still takes from the registry, about."""
-    return round(job.registry * max(0, job.total - job.done) / job.total) if job.total else job.registry
+    return round(job.registry * _part_left(job))
+
+
+def _part_left(job: Job) -> float:
+    if job.state.is_over:
+        return 0.0
+    return max(0, job.total - job.done) / job.total if job.total else 1.0

@@ -1,7 +1,8 @@
 """One attempt at one prefetch job: find out what the image is, whether it fits and in time; index it; bring our share.
 
-    resolve   manifest by the registry, once: then the job goes by its digest. Siblings are told of the job.
-              Said here, before anything is brought: unknown image, no space, a deadline that cannot be met
+    resolve   manifest by the registry, once: then the job goes by its digest. Said here, before anything is brought:
+              unknown image; no space (`jobs_room.py`), a deadline that cannot be met (`plan.py`), by all images of a
+              command together (`jobs_together.py`)
     index     by whoever answers for the reference (its first owner that has the job); the others take the image over
               from it. So a layer that has no index yet is streamed once in the datacenter
     warm      owned blobs: from the registry (or a sibling that has streamed the layer), at the job's pace;
@@ -12,7 +13,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -22,7 +23,6 @@ from dadi import http
 from dadi.blobs.source import Urgency
 from dadi.errors import Conflict, DadiError, InvalidRequest, NotFound, StoreFull, Unavailable
 from dadi.index.chunks import Blob
-from dadi.index.image import ImageLayer
 from dadi.oci import platforms
 from dadi.oci.reference import Reference
 from dadi.peers.owners import owners
@@ -33,6 +33,9 @@ from dadi.prefetch.plan import Wanted
 from superpeer.catalog import ImageRecord
 from superpeer.jobs_pace import Pace, Sleep, Slots
 from superpeer.jobs_ready import Shares
+from superpeer.jobs_room import Room
+from superpeer.jobs_together import Together
+from superpeer.siblings import bounded
 
 if TYPE_CHECKING:
     from superpeer.service import Superpeer
@@ -52,11 +55,13 @@ _MOST_TOLD = 4 << 20
 class Warming:
     """See the head of this file. `slots` are for steps; `indexing` for images that are streamed, which takes long."""
 
-    def __init__(self, superpeer: Superpeer, shares: Shares, job: Job, pace: Pace, slots: Slots, indexing: Slots, *,
-                 clock: Callable[[], float], sleep: Sleep, hold: Callable[[Job, list[Wanted]], Awaitable[None]]
-                 ) -> None:  # fmt: skip
+    def __init__(self, superpeer: Superpeer, shares: Shares, room: Room, together: Together, job: Job, pace: Pace,
+                 slots: Slots, indexing: Slots, *, clock: Callable[[], float], sleep: Sleep,
+                 hold: Callable[[Job, list[Wanted]], Awaitable[None]]) -> None:  # fmt: skip
         self._superpeer = superpeer
         self._shares = shares
+        self._room = room
+        self._together = together
         self._job = job
         self._pace = pace
         self._slots = slots
@@ -68,96 +73,60 @@ class Warming:
 
     # ---- what it is
 
-    async def resolve(self, check_deadline: Callable[[Job], Awaitable[None]]) -> None:
-        """Have the manifest's digest in the job. Raises NotFound and the like; StoreFull; what `check_deadline` raises.
+    async def resolve(self) -> None:
+        """Have the manifest's digest in the job. Raises NotFound and the like, StoreFull; InvalidRequest (deadline)."""
+        job = self._job
+        is_known = bool(job.top_digest)  # by an attempt before, maybe before a restart
+        layers = {} if is_known and self._known() is not None else await self._ask_registry()
+        needs = await self._room.needs(job, layers)
+        job.registry = needs.registry
+        if is_known:
+            # What was found to fit is begun anew until its deadline, and has some of its bytes by now.
+            self.note(await self._room.check(job, self._together.knows(job, needs)))
+            return
+        async with self._together.looking(job, needs) as sums:
+            self.note(await self._room.check(job, sums.images))
+            try:
+                self._together.check_deadline(job.request, sums.registry)
+            except InvalidRequest as error:
+                if not job.tries:
+                    raise
+                self.note(str(error))  # its registry was away: late is better than never
 
-        That is asked when it is known what the image costs the registry.
+    async def _ask_registry(self) -> dict[str, int]:
+        """Find out what the job's image is; return its layers' compressed sizes, none if the registry is away.
+
+        Raises what the registry client raises; Conflict if the reference has moved since a sibling has asked.
         """
         job, superpeer = self._job, self._superpeer
         ref, platform = Reference.parse(job.request.reference), platforms.parse(job.request.platform)
-        layers: list[tuple[str, int]] = []
-        is_known = bool(job.top_digest)  # by an attempt before, maybe before a restart
-        if not job.top_digest or self._known() is None:
-            try:
-                # Until it is known what the reference leads to, also when a sibling has said so.
-                resolved = await superpeer.registry.image(job.pinned if job.top_digest else ref, platform)
-            except Unavailable as error:
-                record = superpeer.catalog.find(str(ref), str(platform))
-                if record is None or job.request.manifest not in ("", record.manifest_digest):
-                    raise
-                superpeer.fallbacks.note("registry away, prefetched as it was", f"{ref}: {error}")
-                self.note(f"the registry is away: {ref} is taken for what it was")
-                job.manifest_digest, job.top_digest = record.manifest_digest, record.top_digest
-                job.resolved = record.resolved_at
-            else:
-                digest = resolved.descriptor.digest
-                if job.request.manifest not in ("", digest):
-                    raise Conflict(f"{ref} has moved to {digest} since a sibling asked", hint="prefetch it again")
-                if not job.top_digest:
-                    job.manifest_digest, job.top_digest = digest, resolved.index_digest or digest
-                    job.resolved = self._clock()
-                layers = [(layer.digest, layer.size) for layer in resolved.manifest.layers]
-        await self._check_room(layers)
-        if is_known:
-            return  # What was found to fit is begun anew until its deadline, and has some of its bytes by now.
         try:
-            await check_deadline(job)
-        except InvalidRequest as error:
-            if not job.tries:
+            # Until it is known what the reference leads to, also when a sibling has said so.
+            resolved = await superpeer.registry.image(job.pinned if job.top_digest else ref, platform)
+        except Unavailable as error:
+            record = superpeer.catalog.find(str(ref), str(platform))
+            if record is None or job.request.manifest not in ("", record.manifest_digest):
                 raise
-            self.note(str(error))  # its registry was away: late is better than never
+            superpeer.fallbacks.note("registry away, prefetched as it was", f"{ref}: {error}")
+            self.note(f"the registry is away: {ref} is taken for what it was")
+            job.manifest_digest, job.top_digest = record.manifest_digest, record.top_digest
+            job.resolved = record.resolved_at
+            return {}
+        digest = resolved.descriptor.digest
+        if job.request.manifest not in ("", digest):
+            raise Conflict(f"{ref} has moved to {digest} since a sibling asked", hint="prefetch it again")
+        if not job.top_digest:
+            job.manifest_digest, job.top_digest = digest, resolved.index_digest or digest
+            job.resolved = self._clock()
+        return {layer.digest: layer.size for layer in resolved.manifest.layers}
 
     def _known(self) -> ImageRecord | None:
         job = self._job
         return self._superpeer.catalog.by_manifest(job.manifest_digest, Reference.parse(job.request.reference).name)
 
-    async def _check_room(self, layers: Iterable[tuple[str, int]]) -> None:
-        """Note what the job will cost; raise StoreFull if it has no room here, whatever is evicted."""
-        job, store, record = self._job, self._superpeer.store, self._known()
-        keep: set[str] = set()
-        if record is None:
-            # Unpacked it is more, and that is not known yet: so much at least.
-            job.registry = needed = sum(size for _, size in dict(layers).items())
-            if self._shares.url and self._shares.url != await self._answers_for():
-                needed = 0
-        else:
-            job.registry = needed = 0
-            index = self._superpeer.catalog.image(record)
-            mine, note = await self._shares.of(record, job.request.scope)
-            everything = job.request.scope == "full" or bool(note)
-            scope = {wanted.layer.diff_id: wanted for wanted in mine}
-            for layer in plan.devices(index):
-                whole = (range(layer.table.count),) if everything else ()
-                wanted = scope.get(layer.diff_id, Wanted(layer, whole))
-                missing = plan.size_of(layer.blob, await self._shares.missing(wanted))
-                job.registry += plan.cost(layer, missing)
-                if layer.diff_id in scope:
-                    keep |= {layer.diff_id, layer.layer_digest}
-                    needed += missing + (self._packed(layer, missing) if missing and not wanted.place else 0)
-        room = await store.room(needed, keep)
-        gain = sum(size for _, size in room.evicted)
-        if not room.enough:
-            raise StoreFull(
-                f"{job.request.reference} needs {needed} bytes here; {room.free} are free, and {gain} more if the "
-                f"{len(room.evicted)} blobs that nobody uses were evicted; "
-                f"{store.statistics()['held']} blobs are in use or pinned",
-                hint="raise store.limit, or unpin what is not needed: dadi prefetch cancel IMAGE",
-            )
-        if room.evicted:
-            names = ", ".join(digest[:19] for digest, _ in room.evicted[:5])
-            self.note(f"{len(room.evicted)} blobs ({gain} bytes) are evicted for it: {names}")
-
-    def _packed(self, layer: ImageLayer, missing: int) -> int:
-        """Return the bytes of a layer's compressed form that come into the store when these of its tar are brought."""
-        if not layer.seek_digest or layer.layer_digest == layer.diff_id:
-            return 0
-        store = self._superpeer.store
-        here = store.find(layer.layer_digest)
-        return max(0, plan.cost(layer, missing) - (store.present_bytes(here) if here else 0))
-
     def note(self, text: str) -> None:
-        """Put a note into the job, once."""
-        if text not in self._job.notes:
+        """Put a note into the job, once; an empty one is none."""
+        if text and text not in self._job.notes:
             self._job.notes = [*self._job.notes[-19:], text]
 
     # ---- index
@@ -174,11 +143,6 @@ class Warming:
             # The registry has told us itself what the reference is, when the job was resolved.
             record = await self._superpeer.catalog.confirm(record, str(ref), str(platform), job.top_digest)
         return record
-
-    async def _answers_for(self) -> str:
-        """Return who indexes the image: who answers for its reference."""
-        superpeers = await self._shares.superpeers()
-        return owners(self._job.request.reference, superpeers)[0] if superpeers else self._shares.url
 
     async def _indexed(self) -> ImageRecord:
         job, siblings = self._job, self._superpeer.siblings
@@ -201,7 +165,8 @@ class Warming:
                 await asyncio.shield(resolving.task)
         record = self._known()
         if record is None:
-            raise Unavailable(f"the index of {job.pinned} has gone again", retry_after=1)
+            raise Unavailable(f"the index of {job.pinned} has gone again: it is made anew", retry_after=1,
+                              hint="if that goes on: is the store too small?")  # fmt: skip
         return record
 
     async def _learns_from(self, url: str) -> bool:
@@ -241,12 +206,7 @@ class Warming:
                 http.request(siblings.session, "GET", where, "asking a sibling for a job",
                              headers=siblings.headers(self._job.manifest_digest)) as response,
             ):  # fmt: skip
-                data = bytearray()
-                async for piece in response.content.iter_any():
-                    data += piece
-                    if len(data) > _MOST_TOLD:
-                        return None
-                told = msgspec.json.decode(data, type=Job)
+                told = msgspec.json.decode(await bounded(response, _MOST_TOLD, url), type=Job)
         except (DadiError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
         if told.tries > 0 and told.state in (State.QUEUED, State.RESOLVING):
@@ -260,7 +220,9 @@ class Warming:
         """Bring this superpeer's share of the scope. Raises what bringing raises; StoreFull."""
         job = self._job
         job.stage = "fetching"
-        await self._check_room(())  # it is known exactly now
+        needs = await self._room.needs(job, {})  # it is known exactly now
+        job.registry = needs.registry
+        self.note(await self._room.check(job, self._together.knows(job, needs)))
         mine, note = await self._shares.of(record, job.request.scope)
         if note:
             self.note(note)
@@ -320,7 +282,7 @@ class Warming:
         left = PATIENCE
         while left > 0 and owner not in self._given_up:
             try:
-                await siblings.take(owner, wanted.layer, step, Urgency.PREFETCH)
+                await siblings.chunks.take(owner, wanted.layer, step, Urgency.PREFETCH)
                 return
             except StoreFull:
                 raise

@@ -34,7 +34,7 @@ from dadi.index.image import ImageLayer
 from dadi.oci.manifest import Descriptor
 from dadi.oci.reference import Reference
 from dadi.oci.registry import RegistryClient
-from superpeer.ranged import Lie, RangedLayer, check, decoded, packed_blob
+from superpeer.ranged import Lie, RangedLayer, decoded, packed_blob, prove_tar
 from superpeer.ranges import PackedLayer, RegistryRanges
 
 log = structlog.get_logger()
@@ -145,7 +145,7 @@ class LazyLayers:
         if await self._store.missing(layer.blob):
             return False
         try:
-            await check(self._store, layer)
+            await prove_tar(self._store, layer)
         except Lie:
             raise
         except DadiError as error:

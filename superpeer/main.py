@@ -7,7 +7,7 @@ from pathlib import Path
 
 import structlog
 
-from dadi import http, program, state_version
+from dadi import http, program
 from dadi.blobs.disk import DiskBlobs
 from dadi.fallbacks import Fallbacks
 from dadi.notify import notify
@@ -21,7 +21,7 @@ log = structlog.get_logger()
 
 async def serve(config: SuperpeerConfig, stop: asyncio.Event) -> None:
     """Run a superpeer until `stop` is set."""
-    store = await asyncio.to_thread(_open, Path(config.state), config.store.limit)
+    store = await asyncio.to_thread(DiskBlobs.of_state, Path(config.state), config.store.limit)
     superpeer = Superpeer(config, store, Fallbacks())
     who_may: WhoMay | None = None
     try:
@@ -41,12 +41,6 @@ async def serve(config: SuperpeerConfig, stop: asyncio.Event) -> None:
             await who_may.close()
         await superpeer.close()
         await store.close()
-
-
-def _open(state: Path, limit: int) -> DiskBlobs:
-    state.mkdir(parents=True, exist_ok=True)
-    state_version.check(state)
-    return DiskBlobs(state / "store", limit=limit)
 
 
 main = program.daemon(

@@ -2,6 +2,9 @@
 
 One pass over a layer brings its uncompressed tar into the store and gives its index (`dadi/index/build.py`). Callers
 who want a layer that is on its way wait for the same pass; the pass belongs to the origin, not to the first caller.
+
+A prefetch job's pass takes its time: `bring` finds the job's pace in `PACE` (`jobs_pace.py`), set by `jobs.py`, and
+gives the pass a part of it. It is lifted as soon as somebody without a pace wants the same layer.
 """
 
 from __future__ import annotations
@@ -26,13 +29,20 @@ from superpeer.jobs_pace import PACE, Pace, Slots, paced, turn
 log = structlog.get_logger()
 OnProgress = Callable[[int], None]
 """Called with the compressed bytes that have come so far."""
+Local = Callable[[Reference, str], AsyncGenerator[bytes, None] | None]
 
 
 class Origin:
-    """Brings layers into `store`."""
+    """Brings layers into `store`, `parallel` at a time. `mirrored`: registries that have mirrors.
+
+    `local` returns the bytes of a compressed layer that is here in original form, or arriving; None if it is not.
+    `on_shown` is told of each layer (reference, its digest, diff ID) all of whose bytes came from the registry itself,
+    and were right, before it is kept.
+    """
 
     def __init__(self, store: DiskBlobs, registry: RegistryClient, *, fallbacks: Fallbacks, chunk_size: int,
-                 parallel: int, limits: build.Limits) -> None:  # fmt: skip
+                 parallel: int, limits: build.Limits, mirrored: Container[str], local: Local,
+                 on_shown: Callable[[Reference, str, str], None]) -> None:  # fmt: skip
         self._store = store
         self._registry = registry
         self._fallbacks = fallbacks
@@ -44,12 +54,9 @@ class Origin:
         """Passes that nobody is waiting for so far: they take their time, and slots of their own."""
         self._passes: dict[tuple[str, str], asyncio.Task[tuple[LayerIndex, Blob]]] = {}
         self._watchers: dict[tuple[str, str], list[OnProgress]] = {}
-        self.mirrored: Container[str] = ()
-        """Registries that have mirrors."""
-        self.on_shown: Callable[[Reference, str, str], None] = lambda ref, layer_digest, diff_id: None
-        """Told of each layer all of whose bytes came from the registry itself, and were right, before it is kept."""
-        self.local: Callable[[Reference, str], AsyncGenerator[bytes, None] | None] = lambda ref, digest: None
-        """Returns the bytes of a compressed layer that is here in original form, or arriving; None if it is not."""
+        self._mirrored = mirrored
+        self._local = local
+        self._on_shown = on_shown
         self.layers = 0
         self.bytes = 0
         """Compressed bytes that came from registries."""
@@ -108,7 +115,7 @@ class Origin:
     ) -> LayerIndex:
         source = build.LayerSource(descriptor.digest, descriptor.size, descriptor.media_type, diff_id)
         ingest = self._store.ingest()
-        pieces = self.local(reference, descriptor.digest) if mirrors else None
+        pieces = self._local(reference, descriptor.digest) if mirrors else None
         from_registry = pieces is None
 
         def progress(done: int) -> None:
@@ -122,8 +129,8 @@ class Origin:
                 index = await build.build(pieces, source, ingest, chunk_size=self._chunk_size, limits=self._limits,
                                           on_progress=progress)  # fmt: skip
             # A mirror may give anybody what it fetched as itself.
-            if from_registry and not (mirrors and reference.registry in self.mirrored):
-                self.on_shown(reference, descriptor.digest, diff_id)
+            if from_registry and not (mirrors and reference.registry in self._mirrored):
+                self._on_shown(reference, descriptor.digest, diff_id)
             await self._store.commit(ingest, Blob(index.diff_id, index.table))
         finally:
             await asyncio.to_thread(ingest.abort)

@@ -45,11 +45,10 @@ from dadi.oci.reference import Reference, parse_registry
 from dadi.oci.registry import RegistryClient
 from dadi.originals import caller as callers
 from dadi.originals import serving
-from dadi.originals.client import MOST_WAIT, NEXT, SMALL, STALE, OriginalAnswer
 from dadi.originals.documents import Document
+from dadi.originals.messages import HEAD, MOST_WAIT, NEXT, SMALL, STALE, OriginalAnswer
 from dadi.originals.original import Chunked
 from dadi.originals.service import Originals
-from dadi.originals.waiting import HEAD
 from dadi.peers.shown import HEADER
 from superpeer.catalog import Catalog
 from superpeer.config import SuperpeerConfig
@@ -151,6 +150,8 @@ class OriginalServer:
 
     async def _tags(self, request: web.Request) -> web.Response:
         parameters = {name: request.query[name] for name in ("n", "last") if name in request.query}
+        if not _is_number(parameters.get("n", "0")):
+            raise InvalidRequest("n is not a number of tags")
         return _answered(await self._originals.tags(_reference(request), parameters, _caller(request)))
 
     async def _referrers(self, request: web.Request) -> web.Response:

@@ -2,7 +2,8 @@
 
 `VerifiedRanges` verifies, and asks the registry itself again where wrong bytes came. A registry that does not do ranges
 is Unsupported: whoever asked streams the whole layer then, instead of having it sent again and again for the sake of
-its parts. `PackedLayer` is what others use: each byte is fetched once, and kept.
+its parts. `PackedLayer` is what others use: each byte is fetched once, and kept. `Held` keeps what a read fills from
+eviction.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class ShippedIndexes:
 
     def __init__(self, store: DiskBlobs, registry: RegistryClient, refused: Refused, *, chunk_size: int,
                  fallbacks: Fallbacks) -> None:  # fmt: skip
-        self.keys: Sequence[Ed25519PublicKey] = ()
+        self._keys: Sequence[Ed25519PublicKey] = ()
         """The trusted ones; without any, signatures are not asked for."""
         self._store = store
         self._registry = registry
@@ -94,6 +94,14 @@ class ShippedIndexes:
         self._slots = asyncio.Semaphore(_PARALLEL)
         self._large = asyncio.Lock()
         self._unpacking = asyncio.Lock()
+
+    async def load(self, paths: tuple[str, ...]) -> None:
+        """Read the trusted keys. Raises ConfigError."""
+        self._keys = await asyncio.to_thread(_trusted_keys, paths)
+
+    def trusts(self, signer: str) -> bool:
+        """Whether an index signed by this key ("": by none) may be used."""
+        return not self._keys or signer in {signature.key_id(key) for key in self._keys}
 
     async def find(
         self, reference: Reference, resolved: ResolvedImage, without: Container[str] = ()
@@ -136,7 +144,7 @@ class ShippedIndexes:
             item = artifact.layer(layer.digest)
             if item is None or item.diff_id != diff_id:
                 raise Malformed(f"it has no index of layer {layer.digest} with diff ID {diff_id}")
-        signer = await self._signer(reference, entry.digest, looks) if self.keys else ""
+        signer = await self._signer(reference, entry.digest, looks) if self._keys else ""
         return Accepted(entry.digest, artifact, signer)
 
     def _listed_traces(self, subject: str, found: Sequence[Descriptor]) -> None:
@@ -160,7 +168,7 @@ class ShippedIndexes:
             try:
                 looks.take()
                 held = trace_artifact.decode(await self._manifest(reference, entry.digest), subject)
-                if self.keys:
+                if self._keys:
                     await self._signer(reference, entry.digest, looks)
                 data = await self._registry.blob_bytes(reference, held, trace_artifact.MAX_SIZE)
                 return await asyncio.to_thread(trace_artifact.trace_in, data, subject)
@@ -200,7 +208,7 @@ class ShippedIndexes:
             return None
         held = artifacts.decode_signature(document)
         signed = await self._registry.blob_bytes(reference, held, signature.SIZE)
-        return signature.signer(self.keys, digest, signed)
+        return signature.signer(self._keys, digest, signed)
 
     async def layer(self, reference: Reference, accepted: Accepted, descriptor: Descriptor,
                     diff_id: str) -> tuple[LayerIndex, ImageLayer]:  # fmt: skip
@@ -236,7 +244,7 @@ def is_final(error: DadiError) -> bool:
     return not isinstance(error, Unavailable | StoreFull)
 
 
-def trusted_keys(paths: tuple[str, ...]) -> list[Ed25519PublicKey]:
+def _trusted_keys(paths: tuple[str, ...]) -> list[Ed25519PublicKey]:
     """Return the public keys in PEM files; raise ConfigError for one that cannot be read. For threads."""
     keys = []
     for path in paths:

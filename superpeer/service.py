@@ -1,12 +1,11 @@
-"""What a superpeer does, without HTTP: resolve and index images, and be the source of their blobs.
+"""What a superpeer is, without HTTP: all its parts, put together, and the source of its images' blobs.
 
 `app.py` puts HTTP around it; a node without a superpeer embeds it as it is. The way of a request:
 
-    resolve(reference, platform)   known and young enough → its record
-                                   else ask the registry   → same manifest: confirm; new one: index it
-                                   registry away           → the record, however old, said aloud; none: the error
-    bring(blob, chunks)            in the store → nothing to do; a layer with seek points → the ranges that are needed
-                                   (`lazy_layers.py`); one without, that was evicted → all of it again (`origin.py`)
+    resolve(reference, platform)   what the image is, with its index in the store: `resolving.py`
+    bring(blob, chunks)            in the store → nothing to do; a sibling has it (`sibling_chunks.py`) → from there;
+                                   a layer with seek points → the ranges that are needed (`lazy_layers.py`);
+                                   one without, that was evicted → all of it again (`origin.py`)
 
 An index from the registry that is found to lie is withdrawn: the images that use it are indexed anew on first sight,
 and the artifact is never used again.
@@ -19,56 +18,37 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
-import structlog
-
 from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.source import Urgency
 from dadi.errors import NotFound, StoreFull, Unavailable, Unsupported
 from dadi.fallbacks import Fallbacks
-from dadi.index import build, image, signature
+from dadi.index import build
 from dadi.index.chunks import Blob
 from dadi.index.image import ImageIndex, ImageLayer
-from dadi.oci import platforms
 from dadi.oci.credentials import CredentialSource, DockerCredentials
 from dadi.oci.manifest import Descriptor
-from dadi.oci.platforms import Platform
 from dadi.oci.reference import Reference
-from dadi.oci.registry import RegistryClient, ResolvedImage
+from dadi.oci.registry import RegistryClient
 from dadi.tls import Tls
 from superpeer.adopting import Adopter
-from superpeer.catalog import Catalog, ImageRecord
+from superpeer.catalog import Catalog
 from superpeer.config import SuperpeerConfig
-from superpeer.indexing import Indexer, Progress
+from superpeer.indexing import Indexer
 from superpeer.jobs import Prefetcher
-from superpeer.jobs_pace import PACE, Pace
 from superpeer.jobs_secrets import JobSecrets
 from superpeer.lazy_layers import LazyLayers
 from superpeer.origin import Origin
 from superpeer.original import originals_of
 from superpeer.ranged import Lie
-from superpeer.referrers import ShippedIndexes, trusted_keys
+from superpeer.referrers import ShippedIndexes
 from superpeer.refused import Refused
-from superpeer.shown_layers import Proof, ShownLayers
+from superpeer.resolving import FULL_FOR, Resolver, Resolving
+from superpeer.shown_layers import Layer, Proof, ShownLayers
 from superpeer.siblings import Siblings
 from superpeer.traces import Traces
 from superpeer.traces_shipped import ShippedTraces
+from superpeer.who_may import WhoMay
 from superpeer.withdrawing import Withdrawing
-
-log = structlog.get_logger()
-_PATIENCE, _REST = 5.0, 10.0
-"""Seconds that a registry may take where an older answer would do; and for which it is then not asked again."""
-_FULL_FOR = 10.0
-"""Seconds that a full store is believed to stay full."""
-
-
-class Resolving(msgspec.Struct):
-    """An image that is being resolved for whoever asks meanwhile."""
-
-    task: asyncio.Task[ImageRecord]
-    progress: Progress
-    pace: Pace | None = None
-    """A job's, until somebody else comes to wait for it."""
 
 
 class Superpeer:
@@ -81,56 +61,78 @@ class Superpeer:
         self.store = store
         self.fallbacks = fallbacks
         self.tls = Tls.of(config.tls, fallbacks)
-        self.job_secrets = JobSecrets(credentials or DockerCredentials(
+        self._who_may: WhoMay | None = None
+        self._full_until = 0.0
+        self.demands = 0
+        """Reads that somebody waits for, of what is not here."""
+        self._put_together(credentials or DockerCredentials(
             config.registry.docker_config, helper_timeout=config.registry.helper_timeout))  # fmt: skip
+
+    def _put_together(self, credentials: CredentialSource) -> None:
+        """Make the parts, each with all that it needs; a function of this class stands for a part that is made later.
+
+        Only `connect` comes after that: the keys are read when all of this has been started.
+        """
+        config, store, fallbacks, state = self.config, self.store, self.fallbacks, Path(self.config.state)
+        indexing = config.indexing
+        # ---- where bytes and manifests come from
+        self.job_secrets = JobSecrets(credentials, lambda reference: self.registry.forget(reference))
         self.registry = RegistryClient(config.registry, credentials=self.job_secrets)
-        self.job_secrets.forget_grants = self.registry.forget
-        self.catalog = Catalog(Path(config.state) / "images", store, most=config.most_images)
-        self.shown = ShownLayers(Path(config.state) / "shown-layers.json", fallbacks)
-        self.catalog.has_shown = lambda layer: self.shown.proof(layer) is not None
-        self.origin = Origin(
-            store, self.registry, fallbacks=fallbacks, chunk_size=config.indexing.chunk_size,
-            parallel=config.indexing.parallel_layers,
-            limits=build.Limits(max_uncompressed_size=config.indexing.max_layer_size),
-        )  # fmt: skip
-        self.origin.mirrored = config.registry.mirrors
-        self.origin.on_shown = partial(self.shown.add, proof=Proof.HASHED)
-        self._refused = Refused(Path(config.state) / "refused-indexes.json")
-        self._referrers = ShippedIndexes(
-            store, self.registry, self._refused, chunk_size=config.indexing.chunk_size, fallbacks=fallbacks
-        )
-        self._indexer = Indexer(store, self.catalog, self.origin,
-                                self._referrers if config.indexing.use_artifacts else None, fallbacks,
-                                self._prove)  # fmt: skip
-        self.withdrawing = Withdrawing(store, self.catalog, self._refused, fallbacks, self._resolve_anew)
-        self.lazy = LazyLayers(
-            store, self.registry, parallel=config.indexing.parallel_ranges, rest_after=config.indexing.rest_after,
-            fallbacks=fallbacks, on_lie=self.withdrawing.lied, on_proven=self.catalog.prove,
-        )  # fmt: skip
-        self.withdrawing.lazy = self.lazy
+        # ---- what is known of images
+        self.shown = ShownLayers(state / "shown-layers.json", fallbacks, self._revoke_loose)
+        self.catalog = Catalog(state / "images", store, most=config.most_images, on_adopted=self._revoke_loose,
+                               has_shown=lambda layer: self.shown.proof(layer) is not None,
+                               is_pinned=lambda record: self.prefetch.pins.is_pinned(record))  # fmt: skip
+        self._refused = Refused(state / "refused-indexes.json")
+        self._referrers = ShippedIndexes(store, self.registry, self._refused, chunk_size=indexing.chunk_size,
+                                         fallbacks=fallbacks)  # fmt: skip
+        self.withdrawing = Withdrawing(store, self.catalog, self._refused, fallbacks, anew=self._resolve_anew,
+                                       drop=lambda layer: self.lazy.drop(layer),
+                                       refuse_sibling=self._refuse_sibling)  # fmt: skip
+        # ---- layers: by ranges, as they are, whole, from siblings
+        self.lazy = LazyLayers(store, self.registry, parallel=indexing.parallel_ranges, rest_after=indexing.rest_after,
+                               fallbacks=fallbacks, on_lie=self.withdrawing.lied,
+                               on_proven=self.catalog.prove)  # fmt: skip
         self.originals = originals_of(config, store, self.registry, fallbacks, self.catalog, self.lazy,
                                       self.withdrawing.lied)  # fmt: skip
-        self.origin.local = self.originals.local
+        self.origin = Origin(store, self.registry, fallbacks=fallbacks, chunk_size=indexing.chunk_size,
+                             parallel=indexing.parallel_layers, mirrored=config.registry.mirrors,
+                             limits=build.Limits(max_uncompressed_size=indexing.max_layer_size),
+                             local=self.originals.local,
+                             on_shown=partial(self.shown.add, proof=Proof.HASHED))  # fmt: skip
+        self._indexer = Indexer(store, self.catalog, self.origin, self._shipped_indexes, fallbacks, self._prove)
         self.siblings: Siblings | None = None
         if config.siblings:
-            adopter = Adopter(store, self.catalog, self.shown, fallbacks, chunk_size=config.indexing.chunk_size,
+            adopter = Adopter(store, self.catalog, self.shown, fallbacks, chunk_size=indexing.chunk_size,
                               may_be_used=self._may_be_used)  # fmt: skip
             self.siblings = Siblings(config, store, adopter, fallbacks, on_lie=self.withdrawing.sibling_lied,
                                      tls=self.tls)  # fmt: skip
-            self.withdrawing.refuse_sibling = self.siblings.refuse
-        self._no_room: dict[str, tuple[float, StoreFull]] = {}
-        """Manifests whose layers did not fit, until when that is believed, and what was said."""
-        self._full_until = 0.0
-        self._hangs: dict[str, float] = {}
-        """Registries that let us wait, and until when they are not asked where an older answer would do."""
-        self.demands = 0
-        """Reads that somebody waits for, of what is not here."""
-        self.prefetch = Prefetcher(self)
-        self.traces = Traces(Path(config.state) / "traces", config.traces, self.catalog, fallbacks)
-        self.prefetch.shares.startup_chunks = self.traces.startup_chunks
-        self.shipped = ShippedTraces(self.traces, self.catalog,
-                                     self._referrers if config.indexing.use_artifacts else None, fallbacks)  # fmt: skip
-        self._resolving: dict[tuple[str, str], Resolving] = {}
+        # ---- before they are wanted
+        self.traces = Traces(state / "traces", config.traces, self.catalog, fallbacks,
+                             look=lambda manifest: self.shipped.asked(manifest),
+                             never_look=lambda manifest: self.shipped.never(manifest))  # fmt: skip
+        self.shipped = ShippedTraces(self.traces, self.catalog, self._shipped_indexes, fallbacks)
+        self.prefetch = Prefetcher(self, self.traces.startup_chunks)
+        self.resolver = Resolver(self.catalog, self.registry, self._indexer, self._refused, self.siblings, self.shipped,
+                                 fallbacks, tag_ttl=config.tag_ttl)  # fmt: skip
+
+    def connect(self, who_may: WhoMay) -> None:
+        """Show siblings what it signs, and revoke what it gave of layers that turn out to be another's."""
+        self._who_may = who_may
+        if self.siblings is not None:
+            self.siblings.connect(who_may)
+
+    @property
+    def _shipped_indexes(self) -> ShippedIndexes | None:
+        return self._referrers if self.config.indexing.use_artifacts else None
+
+    def _revoke_loose(self, layer: Layer) -> None:
+        if self._who_may is not None:
+            self._who_may.revoke_loose(layer)
+
+    def _refuse_sibling(self, index_digest: str) -> None:
+        if self.siblings is not None:
+            self.siblings.refuse(index_digest)
 
     def __repr__(self) -> str:
         return f"Superpeer({self.catalog!r}, {self.store!r})"
@@ -140,7 +142,7 @@ class Superpeer:
         if self.tls:
             self.tls.check_urls("siblings", self.config.siblings)
             await self.tls.start()
-        self._referrers.keys = await asyncio.to_thread(trusted_keys, self.config.indexing.trusted_keys)
+        await self._referrers.load(self.config.indexing.trusted_keys)
         await self._refused.load()
         await self.originals.start()
         await self.shown.load()
@@ -157,9 +159,8 @@ class Superpeer:
         """Whether the configuration of today allows an index that was found in a registry earlier."""
         if not index.artifact:
             return True
-        trusted = {signature.key_id(key) for key in self._referrers.keys}
         allowed = self.config.indexing.use_artifacts and not self._refused.has(index.artifact)
-        return allowed and (not trusted or index.signer in trusted)
+        return allowed and self._referrers.trusts(index.signer)
 
     async def _prove(self, reference: str, layer: ImageLayer) -> bool:
         try:
@@ -168,102 +169,9 @@ class Superpeer:
             self.withdrawing.begin(layer, lie)  # not waited for: that resolves images, and so do we
             return False
 
-    # ---- images
-
     def resolve(self, reference: str, platform: str) -> Resolving:
-        """Begin (or join) finding out what `reference` is for `platform`, with its index in the store at the end.
-
-        Raises InvalidRequest for a malformed reference at once; the task raises the rest.
-        """
-        ref, wanted = Reference.parse(reference), platforms.parse(platform)
-        key = (str(ref), str(wanted))
-        resolving = self._resolving.get(key)
-        pace = PACE.get()
-        if resolving is not None and resolving.pace is not None:
-            if pace is None:
-                resolving.pace.lift()
-            else:
-                resolving.pace.also(pace)
-        if resolving is None:
-            progress = Progress()
-            part = pace.part() if pace else None
-            work = self._resolve(ref, wanted, progress)
-            task = asyncio.create_task(work, context=part.begins() if part else None)
-            resolving = self._resolving[key] = Resolving(task, progress, part)
-            task.add_done_callback(lambda done: self._resolved(key, done))
-        return resolving
-
-    def _resolved(self, key: tuple[str, str], task: asyncio.Task[ImageRecord]) -> None:
-        del self._resolving[key]
-        if not task.cancelled():
-            task.exception()  # looked at: every asker may have gone
-
-    async def _resolve(self, reference: Reference, platform: Platform, progress: Progress) -> ImageRecord:
-        record = self.catalog.find(str(reference), str(platform))
-        if record and (reference.digest or self.catalog.age(record) <= self.config.tag_ttl):
-            return record
-        try:
-            if record:
-                # A HEAD: most of the time nothing has changed.
-                top = await self._look_again(reference)
-                # It may have been withdrawn meanwhile.
-                still = self.catalog.find(str(reference), str(platform)) is record
-                if still and top.digest == record.top_digest:
-                    return await self.catalog.confirm(record, str(reference), str(platform), top.digest)
-            resolved = await self.registry.image(reference, platform)
-        except Unavailable as error:
-            if record is None or self.catalog.find(str(reference), str(platform)) is not record:
-                raise
-            self.fallbacks.note("registry away, answered from the cache", f"{reference}: {error}")
-            return record
-        top_digest = resolved.index_digest or resolved.descriptor.digest
-        known = self.catalog.by_manifest(resolved.descriptor.digest, reference.name)
-        if known is None and self.siblings is not None and await self.siblings.knows(resolved.descriptor.digest):
-            known = self.catalog.by_manifest(resolved.descriptor.digest, reference.name)
-        if known is not None:
-            known = await self.catalog.confirm(known, str(reference), str(platform), top_digest)
-            await self._look_for_trace(known)
-            return known
-        index = await self._index(reference, resolved, progress)
-        record = await self.catalog.add(str(reference), str(platform), top_digest, index, image.encode(index))
-        if self.siblings is not None:
-            self.siblings.announce(record.index_digest)
-        await self._look_for_trace(record)
-        return record
-
-    async def _look_for_trace(self, record: ImageRecord) -> None:
-        """Have a startup trace looked for beside an image that is new here; a prefetch job needs to know at once."""
-        if PACE.get() is not None:
-            await self.shipped.wait(record)
-        else:
-            self.shipped.begin(record)
-
-    async def _look_again(self, reference: Reference) -> Descriptor:
-        """Return what a reference leads to now, if the registry says so soon: there is an older answer. Unavailable."""
-        loop, registry = asyncio.get_running_loop(), reference.registry
-        if loop.time() < self._hangs.get(registry, 0.0):
-            raise Unavailable(f"{registry} did not answer a moment ago")
-        try:
-            async with asyncio.timeout(_PATIENCE):
-                return await self.registry.resolve(reference)
-        except TimeoutError:
-            self._hangs[registry] = loop.time() + _REST
-            raise Unavailable(f"{registry} did not answer in {_PATIENCE:.0f} s") from None
-
-    async def _index(self, reference: Reference, resolved: ResolvedImage, progress: Progress) -> ImageIndex:
-        loop = asyncio.get_running_loop()
-        until, full = self._no_room.get(resolved.descriptor.digest, (0.0, None))
-        if full is not None and loop.time() < until:
-            raise full  # whoever waits asks again soon; to stream its layers each time would be a storm
-        self._no_room.pop(resolved.descriptor.digest, None)
-        try:
-            index = await self._indexer.image(reference, resolved, progress)
-            if index.artifact and self._refused.has(index.artifact):  # found out meanwhile
-                index = await self._indexer.on_first_sight(reference, resolved, progress)
-            return index
-        except StoreFull as error:
-            self._no_room[resolved.descriptor.digest] = (loop.time() + _FULL_FOR, error)
-            raise
+        """See `Resolver`."""
+        return self.resolver.resolve(reference, platform)
 
     # ---- blobs
 
@@ -309,7 +217,7 @@ class Superpeer:
             await self._bring(*found, chunks, urgency)
         except StoreFull:
             if urgency < Urgency.PREFETCH:  # else who is waited for finds out by himself: what he wants may fit
-                self._full_until = loop.time() + _FULL_FOR
+                self._full_until = loop.time() + FULL_FOR
             raise
         finally:
             self.demands -= urgency < Urgency.PREFETCH
@@ -350,7 +258,7 @@ class Superpeer:
         """Return counts for `dadi status` and the metrics."""
         return {
             "images": len(self.catalog.records()),
-            "resolving": len(self._resolving),
+            "resolving": len(self.resolver),
             "registry_layers": self.origin.layers,
             "registry_bytes": self.origin.bytes + self.lazy.statistics()["bytes"],
             "ranges": self.lazy.statistics(),
@@ -372,11 +280,9 @@ class Superpeer:
         await self.lazy.close()
         if self.siblings is not None:
             await self.siblings.close()
-        tasks = [resolving.task for resolving in self._resolving.values()]
-        for task in tasks:
-            task.cancel()
+        resolving = self.resolver.stop()
         await self.withdrawing.close()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*resolving, return_exceptions=True)
         await self.originals.close()
         await self.origin.close()
         await self.registry.close()

@@ -51,21 +51,22 @@ _PUBLIC_TRIES = 8
 
 
 class SharedLayers:
-    """See the head of this file. `registry`: the superpeer's own client, with its own credentials. `close` it."""
+    """See the head of this file. `registry`: the superpeer's own client, with its own credentials. `close` it.
 
-    def __init__(self, who_may: WhoMay, catalog: Catalog, shown: ShownLayers, registry: RegistryClient, *,
-                 limits: build.Limits | None = None) -> None:  # fmt: skip
+    `learn` has an image, by its manifest, in the catalog if siblings know it.
+    """
+
+    def __init__(self, who_may: WhoMay, catalog: Catalog, shown: ShownLayers, registry: RegistryClient,
+                 learn: Callable[[str], Awaitable[None]], *, limits: build.Limits) -> None:  # fmt: skip
         self._who_may = who_may
         self._catalog = catalog
         self._shown = shown
         self._registry = registry
-        self._limits = limits or build.Limits()
+        self._learn = learn
+        self._limits = limits
         self._fetches: dict[Layer, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(_FETCHES)
         self._failed: OrderedDict[Layer, tuple[float, DadiError]] = OrderedDict()
-        self.learn: Callable[[str], Awaitable[None]] | None = None
-        """Has an image, by its manifest, in the catalog if siblings know it."""
-        shown.on_shown = catalog.on_adopted = who_may.revoke_loose
 
     def __repr__(self) -> str:
         return f"SharedLayers({len(self._fetches)} being fetched)"
@@ -88,9 +89,9 @@ class SharedLayers:
             return True
         reference = Reference.parse(renewal.reference)
         contested = self._known_of_others(reference.name, renewal.names)
-        if contested and self.learn is not None:
+        if contested:
             with contextlib.suppress(DadiError):
-                await self.learn(reference.digest or "")
+                await self._learn(reference.digest or "")
         record = self._catalog.by_manifest(reference.digest or "", reference.name, same=True)
         if record is not None:
             try:

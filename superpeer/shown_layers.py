@@ -79,7 +79,8 @@ class _Known(msgspec.Struct, array_like=True):
 class ShownLayers:
     """See the head of this file. `load` it, `close` it. `on_shown` is told of each new proof before `add` returns."""
 
-    def __init__(self, path: Path, fallbacks: Fallbacks, *, most: int = _MOST) -> None:
+    def __init__(self, path: Path, fallbacks: Fallbacks, on_shown: Callable[[Layer], None] = lambda layer: None, *,
+                 most: int = _MOST) -> None:  # fmt: skip
         self._path = path
         self._fallbacks = fallbacks
         self._most = most
@@ -89,7 +90,7 @@ class ShownLayers:
         self._of_registry: Counter[str] = Counter()
         self._dirty = False
         self._writing: asyncio.Task[None] | None = None
-        self.on_shown: Callable[[Layer], None] = lambda layer: None
+        self._on_shown = on_shown
 
     def __repr__(self) -> str:
         return f"ShownLayers({len(self._known)})"
@@ -132,7 +133,7 @@ class ShownLayers:
         self._dirty = True
         if self._writing is None or self._writing.done():
             self._writing = asyncio.create_task(self._write())
-        self.on_shown(layer)
+        self._on_shown(layer)
 
     def _enter(self, known: _Known) -> None:
         layer = known.layer

@@ -1,10 +1,11 @@
-"""Chunks of layers from siblings that have all of the layer's tar (they have indexed it on first sight).
+"""Chunks of layers' tars from siblings; mostly from those that have all of a tar (they have indexed it on first sight).
 
+    take     from the one sibling that is named, whatever it has: for prefetch jobs, which know who brings it
     bring    who has it: asked once, and believed for a while → a queue: each chunk once, demand first (`Joined`)
              → the first of them that answers, verified by the layer's table → kept in the store
 
-When all of a tar is here it is checked as one that comes from the registry is (`ranged.check`). Where no sibling has
-it, or none answers, the caller asks the registry.
+When all of a tar is here it is checked as one that comes from the registry is (`ranged.prove_tar`). Where no sibling
+has it, or none answers, the caller asks the registry.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
 from dadi.index.image import ImageLayer
 from superpeer.adopting import SiblingOrigin
-from superpeer.ranged import Lie, check
+from superpeer.ranged import Lie, prove_tar
 from superpeer.ranges import Held
 
 NOBODY_KNOWS = 3.0
@@ -110,7 +111,10 @@ class SiblingChunks:
         return True
 
     async def take(self, url: str, layer: ImageLayer, chunks: range, urgency: Urgency) -> None:
-        """Bring chunks from one sibling, which need not have all of the tar. See `Siblings.take`."""
+        """Bring chunks of a layer's tar into the store from one sibling, which need not have all of it.
+
+        Raises NotFound if it has not all of the chunks (yet), Unavailable, DigestMismatch, StoreFull.
+        """
 
         async def read(blob: Blob, run: range, urgency: Urgency) -> list[bytes]:
             parts = await self._read_from(url, blob, run, urgency)
@@ -157,7 +161,7 @@ class SiblingChunks:
         async def checking() -> None:
             self._checks.add(cast("asyncio.Task[None]", asyncio.current_task()))
             try:
-                await check(self._store, layer)
+                await prove_tar(self._store, layer)
             except Lie as lie:
                 await self._on_lie(layer, lie)
             except DadiError as error:

@@ -1,6 +1,6 @@
 """What a superpeer answers to its siblings, from what it has: no sibling and no registry is asked on their behalf.
 
-    GET /v1/blobs/{digest}/origin            an image that has the blob, as `adopting.Told`; 404 if none is known
+    GET /v1/blobs/{digest}/origin            an image that has the blob, as `SiblingOrigin` (`adopting.py`); else 404
     GET /sibling/v1/images                   {"images": [digest of an image index …]}, the youngest first, 256 at most
     GET /sibling/v1/blobs/{digest}           the bytes, if they are here (see `dadi/blobs/serving.py`); else 404
 """

@@ -6,7 +6,7 @@ for blobs of images that it does not know:
     learn(digest)     ask all siblings at once, each one once (GET /v1/blobs/{digest}/origin; they look at what they
                       have, and never ask others); take over the image of the first that knows it (`adopting.py`).
                       That nobody knows it is remembered for a few seconds
-    chunks.bring(…)   chunks of a layer from a sibling that has all of it (`sibling_chunks.py`)
+    chunks.bring(…)   chunks of a layer from a sibling that has all of it; or take(…) from one (`sibling_chunks.py`)
     catch_up()        at the start: what the siblings have come to know meanwhile
     announce(digest)  a new image: have the siblings learn of it (HEAD of its index), so that they can go on when this
                       superpeer dies
@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from functools import partial
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Protocol, cast
 
 import aiohttp
 import msgspec
@@ -36,7 +36,6 @@ from dadi.blobs.verified import Verified
 from dadi.errors import DadiError, DigestMismatch, Malformed, NotFound, StoreFull, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
-from dadi.index.image import ImageLayer
 from dadi.peers.access import keys_of
 from dadi.peers.gate import AUTHORIZATION
 from dadi.peers.hanging import Hanging
@@ -61,7 +60,15 @@ _ANNOUNCING = 60.0
 _AGAIN = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 """Seconds after which a sibling that could not be told of an image is told again."""
 
-Headers = Callable[[str], Mapping[str, str]]
+
+class SiblingTokens(Protocol):
+    """What we show to siblings (`WhoMay`)."""
+
+    def sibling_headers(self, *blobs: str) -> Mapping[str, str]:
+        """Return the headers of a request for blobs."""
+
+    def sibling_list_headers(self) -> Mapping[str, str]:
+        """Return the headers of a request for what is told to no node."""
 
 
 class Siblings:
@@ -74,10 +81,7 @@ class Siblings:
         self._own = config.url.rstrip("/")
         self.superpeers = Superpeers(config.siblings, fallbacks, refresh=config.siblings_refresh, resolver=resolver)
         self.session: aiohttp.ClientSession = http.client(connect=1.0, read=5.0, tls=tls)
-        self.headers: Headers = lambda digest: {}
-        """What to show to siblings with a request for a blob."""
-        self.list_headers: Callable[[], Mapping[str, str]] = dict
-        """What to show to siblings with the question for all their images."""
+        self._tokens: SiblingTokens | None = None
         self._quick = aiohttp.ClientTimeout(total=3.0, sock_connect=1.0)
         self._hanging = Hanging(tls)
         self._learning: dict[str, asyncio.Task[None]] = {}
@@ -93,6 +97,18 @@ class Siblings:
 
     def __repr__(self) -> str:
         return f"Siblings({', '.join(self.others()) or 'none'})"
+
+    def connect(self, tokens: SiblingTokens) -> None:
+        """Show tokens from now on: keys are read when the superpeer has been started."""
+        self._tokens = tokens
+
+    def headers(self, digest: str) -> Mapping[str, str]:
+        """Return what to show to siblings with a request for a blob."""
+        return self._tokens.sibling_headers(digest) if self._tokens else {}
+
+    def list_headers(self) -> Mapping[str, str]:
+        """Return what to show to siblings with the question for all their images."""
+        return self._tokens.sibling_list_headers() if self._tokens else {}
 
     def others(self) -> list[str]:
         """Return the siblings that are known now."""
@@ -209,7 +225,7 @@ class Siblings:
             http.request(self.session, "GET", where, "asking a sibling", headers=self.headers(digest),
                          timeout=self._quick) as response,
         ):  # fmt: skip
-            data = await _bounded(response, _MAX_TOLD, url)
+            data = await bounded(response, _MAX_TOLD, url)
             return decode_told(data)
 
     async def _whole(self, url: str, digest: str, size: int) -> bytes:
@@ -219,7 +235,7 @@ class Siblings:
             http.request(self.session, "GET", where, "reading a sibling's index",
                          headers=self.headers(digest)) as response,
         ):  # fmt: skip
-            data = await _bounded(response, size, url)
+            data = await bounded(response, size, url)
             if await asyncio.to_thread(digests.of, data) != digest:
                 raise DigestMismatch(f"{where} is not what its digest says", source=url)
         return bytes(data)
@@ -244,13 +260,6 @@ class Siblings:
         async with self.superpeers.asking(url), self._hanging.watched(url, first=first):
             yield
 
-    async def take(self, url: str, layer: ImageLayer, chunks: range, urgency: Urgency) -> None:
-        """Bring chunks of a layer's tar into the store from one sibling.
-
-        Raises NotFound if it has not all of them (yet), Unavailable, DigestMismatch, StoreFull.
-        """
-        await self.chunks.take(url, layer, chunks, urgency)
-
     async def fetch_keys(self, url: str) -> PublicKeys:
         """Return what a sibling says of the keys that it signs tokens with."""
         return await keys_of(self.session, url, timeout=self._quick)
@@ -273,7 +282,7 @@ class Siblings:
         try:
             async with http.request(self.session, "GET", where, "asking a sibling for its images", headers=headers,
                                     timeout=self._quick) as response:  # fmt: skip
-                data = await _bounded(response, _MAX_IMAGES, url)
+                data = await bounded(response, _MAX_IMAGES, url)
             images = msgspec.json.decode(data, type=_Images).images
             for digest in images:
                 if not self._adopter.knows(digest):
@@ -359,7 +368,8 @@ class _Images(msgspec.Struct, frozen=True):
     images: Annotated[tuple[Digest, ...], msgspec.Meta(max_length=MOST_TOLD)]
 
 
-async def _bounded(response: aiohttp.ClientResponse, most: int, url: str) -> bytearray:
+async def bounded(response: aiohttp.ClientResponse, most: int, url: str) -> bytearray:
+    """Return what a sibling sends. Raises Malformed for more than `most` bytes."""
     data = bytearray()
     async for piece in response.content.iter_any():
         data += piece

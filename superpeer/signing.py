@@ -42,6 +42,7 @@ _MOST_TOLD = 1000
 """Tokens revoked by ourselves that others are told of; we know more, and those live for minutes."""
 _ID = re.compile(r"[0-9a-f]{32}|[0-9a-f]{16}")
 """Of a token, or of a key: GET /v1/keys names these."""
+_SECONDS = re.compile(r"[0-9]{1,15}")
 
 
 class _Previous(msgspec.Struct):
@@ -192,7 +193,7 @@ class SigningKeys:
             words = line.partition("#")[0].split()
             if len(words) == 1 and _ID.fullmatch(words[0]):
                 ids.add(words[0])
-            elif len(words) == 2 and words[0] == "before" and words[1].isdigit() and len(words[1]) < 16:
+            elif len(words) == 2 and words[0] == "before" and _SECONDS.fullmatch(words[1]):
                 before = max(before, int(words[1]))
             elif words:
                 log.error("a line that revokes nothing", file=str(path), line=number)

@@ -28,7 +28,7 @@ import msgspec
 import structlog
 
 from dadi import digest as digests
-from dadi.blobs.layout import write_durably
+from dadi.blobs.layout import remove_or_log, write_durably
 from dadi.blobs.single_flight import runs
 from dadi.errors import DadiError, InvalidRequest, Malformed, Unavailable
 from dadi.fallbacks import Fallbacks
@@ -63,14 +63,15 @@ class _Batch:
         self.task: asyncio.Task[None] | None = None
 
 
-async def _nowhere(manifest: str) -> None:
-    """Look for nothing."""
-
-
 class Traces:
-    """See the head of this file."""
+    """See the head of this file.
 
-    def __init__(self, directory: Path, config: TracesConfig, catalog: Catalog, fallbacks: Fallbacks,
+    `look` has a trace that was pushed beside an image borrowed, if there is none of our own; it may take a moment.
+    `never_look` is told of an image whose trace was cleared.
+    """
+
+    def __init__(self, directory: Path, config: TracesConfig, catalog: Catalog, fallbacks: Fallbacks, *,
+                 look: Look, never_look: Callable[[str], None],
                  clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
         self._catalog = catalog
         self._directory = directory
@@ -89,10 +90,8 @@ class Traces:
         self._counts: Counter[str] = Counter(recordings=0, reports=0, chunks=0, used=0, dropped=0, refused=0, given=0,
                                              sampled_out=0, merges=0, borrowed=0)  # fmt: skip
         self._changing = asyncio.Lock()
-        self.look: Look = _nowhere
-        """Has a trace that was pushed beside an image borrowed, if there is none of our own; may take a moment."""
-        self.never_look: Callable[[str], None] = lambda manifest: None
-        """Told of an image whose trace was cleared."""
+        self._look = look
+        self._never_look = never_look
 
     def __repr__(self) -> str:
         return f"Traces({len(self._given)} images, {self._size} bytes)"
@@ -106,7 +105,7 @@ class Traces:
     def _read_all(self) -> list[tuple[str, bytes]]:
         self._directory.mkdir(parents=True, exist_ok=True)
         for left in self._directory.glob("*.new"):
-            left.unlink(missing_ok=True)
+            remove_or_log(left)
         found = []
         for path in sorted(self._directory.glob("*.trace"), key=lambda path: path.stat().st_mtime_ns):
             try:
@@ -114,7 +113,7 @@ class Traces:
                 found.append((kept.manifest, _encoded(kept)))
             except (OSError, DadiError) as error:
                 log.warning("dropped a startup trace", file=str(path), why=str(error))
-                path.unlink(missing_ok=True)
+                remove_or_log(path)
         return found
 
     def _read(self, path: Path) -> KeptTrace:
@@ -129,7 +128,7 @@ class Traces:
     async def asked(self, manifest: str) -> Given:
         """Return what a node gets that is about to start an image."""
         if not self.has(manifest):
-            await self.look(manifest)
+            await self._look(manifest)
         return Given(self.given(manifest), self._sampling.ask(manifest))
 
     def has(self, manifest: str) -> bool:
@@ -258,7 +257,7 @@ class Traces:
 
     async def clear(self, manifest: str) -> None:
         """Forget what was learnt of an image; and do not look elsewhere for it."""
-        self.never_look(manifest)
+        self._never_look(manifest)
         async with self._changing:
             await self._drop(manifest)
 
@@ -266,7 +265,7 @@ class Traces:
         self._size -= len(self._given.pop(manifest, b""))
         self._names.pop(manifest, None)
         self._runs.pop(manifest, None)
-        await asyncio.to_thread(self._file(manifest).unlink, missing_ok=True)
+        await asyncio.to_thread(remove_or_log, self._file(manifest))
 
     async def _write(self, kept: KeptTrace) -> None:
         try:

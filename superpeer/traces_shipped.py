@@ -41,8 +41,6 @@ class ShippedTraces:
         self._clock = clock
         self._not_before: OrderedDict[str, float] = OrderedDict()
         self._looking: dict[str, asyncio.Task[None]] = {}
-        traces.look = self._asked
-        traces.never_look = self.never
 
     def __repr__(self) -> str:
         return f"ShippedTraces({len(self._looking)} being looked for)"
@@ -64,7 +62,8 @@ class ShippedTraces:
         if (task := self.begin(record)) is not None:
             await asyncio.wait([task])
 
-    async def _asked(self, manifest: str) -> None:
+    async def asked(self, manifest: str) -> None:
+        """Look for the trace of an image by its manifest, and wait for a moment: a node asks for it."""
         record = self._catalog.record_of(manifest)
         if record is not None and (task := self.begin(record)) is not None:
             await asyncio.wait([task], timeout=_PATIENCE)

@@ -350,6 +350,7 @@ class Verdicts:
         try:
             await asyncio.to_thread(write_durably, self._file, msgspec.json.encode(kept))
         except OSError as error:
+            self._dirty = True  # a no must not be lost with it
             log.error("could not write what registries said", file=str(self._file), why=error.strerror)
 
     def statistics(self) -> dict[str, int]:

@@ -22,24 +22,25 @@ from dadi.fallbacks import Fallbacks
 from dadi.index.image import ImageLayer
 from dadi.oci.reference import Reference
 from superpeer.catalog import Catalog, ImageRecord
-from superpeer.lazy_layers import LazyLayers
 from superpeer.ranged import Lie
 from superpeer.refused import Refused
 
 log = structlog.get_logger()
 _REMOVE_TRIES = 50
 
-Anew = Callable[[str, str], Awaitable[object]]
-"""Resolves and indexes an image: (reference, platform)."""
-
 
 class Withdrawing:
-    """See the head of this file. `lazy` has to be set before the first lie is heard of: it is who hears of most."""
+    """See the head of this file.
 
-    def __init__(self, store: DiskBlobs, catalog: Catalog, refused: Refused, fallbacks: Fallbacks, anew: Anew) -> None:
-        self.lazy: LazyLayers | None = None
-        self.refuse_sibling: Callable[[str], None] = lambda index_digest: None
-        """Told of a sibling's index that is not to be taken again."""
+    `drop` has a layer that is fetched by ranges closed, and its rest forgotten (`lazy_layers.py`); `anew` resolves and
+    indexes an image: (reference, platform); `refuse_sibling` has a sibling's index not taken again.
+    """
+
+    def __init__(self, store: DiskBlobs, catalog: Catalog, refused: Refused, fallbacks: Fallbacks, *,
+                 drop: Callable[[ImageLayer], Awaitable[None]], anew: Callable[[str, str], Awaitable[object]],
+                 refuse_sibling: Callable[[str], None]) -> None:  # fmt: skip
+        self._drop = drop
+        self._refuse_sibling = refuse_sibling
         self._store = store
         self._catalog = catalog
         self._refused = refused
@@ -82,7 +83,7 @@ class Withdrawing:
         wrong = self._catalog.using(layer)
         with self._being_replaced(each.diff_id for _, index in wrong for each in index.layers):
             for record, _ in wrong:
-                self.refuse_sibling(record.index_digest)
+                self._refuse_sibling(record.index_digest)
                 await self._catalog.forget(record)
             await self._throw_away(layer)
             for record, _ in wrong:
@@ -100,7 +101,6 @@ class Withdrawing:
             self._replacing += Counter()  # drops the zeros
 
     async def _replace(self, layer: ImageLayer, lie: Lie) -> None:
-        assert self.lazy is not None
         why = f"layer {layer.layer_digest}: {lie.message}"
         self._fallbacks.note("lying index thrown away", why)
         withdrawn = self._catalog.using(layer) if layer.seek_digest else []
@@ -118,7 +118,7 @@ class Withdrawing:
                 else:
                     self._refused.doubt(index.artifact, why)
             for each in layers.values():
-                await self.lazy.drop(each)
+                await self._drop(each)
             await self._throw_away(layer)
             for record, _ in withdrawn:
                 await self._index_anew(record)

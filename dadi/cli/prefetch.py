@@ -158,8 +158,7 @@ def start(
     requests = [canonical(Request(name, on, scope=scope, rate=rate, at=at, deadline=deadline, priority=priority,
                                   pin_until=pin_until, nodes=nodes, node_rate=node_rate))
                 for name, on in meant]  # fmt: skip
-    # A deadline is for all of them too, also where superpeers have a rate of their own.
-    batch = batch_of(secrets.token_hex(8), requests) if rate or deadline else ""
+    batch = batch_of(secrets.token_hex(8), requests)  # the rate, a deadline and the room are for all of them together
     rows = [Row(msgspec.structs.replace(each, batch=batch), place) for each in requests for place in whom.places]
     with Board(quiet=as_json) as board:
         _run(whom, who, rows, lambda talk: _start(talk, rows, board, wait=wait))

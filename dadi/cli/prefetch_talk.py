@@ -66,12 +66,12 @@ class Talk:
         return answer.get("jobs", [])
 
     async def job(self, url: str, job: str, reference: str = "") -> Job:
-        """Return one job."""
-        return await self._call("GET", f"{url}/v1/prefetch/{job}", Job, reference)
+        """Return one job. `reference`: its image, where that is known; without it a private image's is not found."""
+        return await self._call("GET", f"{url}/v1/prefetch/{job}", Job, reference, params=_of(reference))
 
     async def act(self, url: str, job: str, what: str, reference: str = "") -> Job:
         """Have a job cancelled, or tried again."""
-        return await self._call("POST", f"{url}/v1/prefetch/{job}/{what}", Job, reference)
+        return await self._call("POST", f"{url}/v1/prefetch/{job}/{what}", Job, reference, params=_of(reference))
 
     async def verify(self, url: str, reference: str, platform: str, scope: str) -> Readiness:
         """Return what a superpeer has of its share."""
@@ -116,7 +116,8 @@ class Talk:
     async def _events(self, url: str, job: Job) -> AsyncGenerator[Job, None]:
         headers = await self._headers(job.request.reference)
         async with http.request(self._session, "GET", f"{url}/v1/prefetch/{job.id}", "following a job",
-                                params={"follow": "1"}, headers=headers) as response:  # fmt: skip
+                                params={"follow": "1", **_of(job.request.reference)},
+                                headers=headers) as response:  # fmt: skip
             async for event in http.events(response):
                 if event.get("event") == "job":
                     yield _converted(event, url)
@@ -161,6 +162,10 @@ async def talking(
         await session.close()
         if tls:
             await tls.close()
+
+
+def _of(reference: str) -> dict[str, str]:
+    return {"reference": reference} if reference else {}
 
 
 def _converted(event: dict[str, Any], url: str) -> Job:

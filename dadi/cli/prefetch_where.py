@@ -110,13 +110,16 @@ def _read(path: str) -> str:
         with click.open_file(path, "rb") as file:
             data = file.read(_MOST_LIST + 1)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        hint = "name a file that you may read, or - for standard input"
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", hint=hint) from None
     if len(data) > _MOST_LIST:
-        raise InvalidRequest(f"{path} has more than {_MOST_LIST} bytes")
+        hint = "is it a list of images, or of manifests? a longer one can be given in parts"
+        raise InvalidRequest(f"{path} has more than {_MOST_LIST} bytes", hint=hint)
     try:
         return str(data.decode())
     except UnicodeDecodeError:
-        raise InvalidRequest(f"{path} is no text") from None
+        hint = "a list has one image a line, a manifest is YAML or JSON; both in UTF-8"
+        raise InvalidRequest(f"{path} is no text", hint=hint) from None
 
 
 def _url(url: str) -> str:

@@ -43,7 +43,8 @@ class Who:
         named = {Reference.parse(reference).registry for reference in references} | set(registries)
         if len(named) != 1:
             listed = ", ".join(sorted(named)) or "none: name the image"
-            raise InvalidRequest(f"--username is for one registry, and here it would be for {listed}")
+            hint = "one command for each registry; or leave --username out, and docker login at each"
+            raise InvalidRequest(f"--username is for one registry, and here it would be for {listed}", hint=hint)
         return FixedCredentials({named.pop(): self._credentials})
 
 
@@ -75,10 +76,11 @@ def _credentials(username: str, password_stdin: bool, *, stdin_is_taken: bool) -
     if not username:
         return None
     if stdin_is_taken:
-        raise InvalidRequest("standard input cannot be both the password and a list of images")
+        hint = "--from-file FILE, --from-kubernetes FILE"
+        raise InvalidRequest("standard input cannot be both the password and a list of images", hint=hint)
     password = sys.stdin.read(_MOST).rstrip("\r\n")
     if not password:
-        raise InvalidRequest("standard input has no password")
+        raise InvalidRequest("standard input has no password", hint="dadi prefetch … --password-stdin < FILE")
     return Credentials(username, password)
 
 
@@ -88,7 +90,8 @@ def _token(file: str) -> str:
     try:
         text = Path(file).read_bytes()[:_MOST].decode().strip()
     except OSError as error:
-        raise ConfigError(f"the operator's token {file} cannot be read: {error.strerror}") from None
+        hint = "--operator-token-file or DADI_OPERATOR_TOKEN_FILE names it"
+        raise ConfigError(f"the operator's token {file} cannot be read: {error.strerror}", hint=hint) from None
     except UnicodeDecodeError:
         text = ""
     if not _TOKEN.fullmatch(text):

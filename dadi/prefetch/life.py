@@ -5,8 +5,9 @@
       unknown image, no space, a deadline                                                     VERIFIED ──► READY
       that cannot be met: said here, at once                                                     LACKS ──► FAILED
 
-    any that is not over ──FAIL──► FAILED, ──CANCEL──► CANCELLED, ──AGAIN──► QUEUED (a restart; the registry was away)
-    any that is over     ──RETRY──► QUEUED
+    any that is not over ──FAIL──► FAILED, ──CANCEL──► CANCELLED, ──AGAIN──► QUEUED
+                           AGAIN: a restart; registry or sibling away; credentials came; the trace was learnt anew
+    any that is over     ──RETRY──► QUEUED (`retry`, or asked for again)
 
 What a job has brought stays where it is, whatever happens to the job: it begins anew and finds it.
 """
@@ -76,4 +77,5 @@ def after(state: State, event: Event) -> State:
     try:
         return TRANSITIONS[state, event]
     except KeyError:
-        raise Conflict(f"a job that is {state.value} has no {event.value!r}") from None
+        hint = "dadi prefetch status shows what has become of it"
+        raise Conflict(f"a job that is {state.value} has no {event.value!r}", hint=hint) from None

@@ -3,7 +3,9 @@
     POST /v1/prefetch                       Request → Job       the same image, platform and scope is the same job
     GET  /v1/prefetch                       → {"jobs": [Job]}   those of images that anybody may have; with
                                                             ?registry=HOST also those of HOST that the caller may have
-    GET  /v1/prefetch/{id}                  → Job
+    GET  /v1/prefetch/{id}                  → Job           ids can be guessed: whom the image's registry does not let
+                                                            in is told what he is told of a job that there is not; with
+                                                            ?reference=R what the registry says, be there a job or not
     GET  /v1/prefetch/{id}?follow=1         events: {"event": "job", …Job} whenever it has changed, until it is over
     POST /v1/prefetch/{id}/cancel|retry     → Job
     GET  /v1/prefetch/wanted?node=ID&zone=Z&rack=R&have=JOB,…   → Wishes: what this node is asked to bring; `have`: what
@@ -31,11 +33,12 @@ from dadi.oci import platforms
 from dadi.oci.reference import Reference
 from dadi.prefetch import nodes
 from dadi.prefetch.life import State
+from dadi.prefetch.when import LATEST
 from dadi.wire import error_from
 
 Scope = Literal["startup", "full"]
 _Text = Annotated[str, Meta(max_length=800)]
-_Time = Annotated[float, Meta(ge=0, le=1e11)]
+_Time = Annotated[float, Meta(ge=0, le=LATEST)]
 _Rate = Annotated[float, Meta(ge=0, le=1e15)]
 LOWEST, USUAL, HIGHEST = 0, 5, 9
 MOST_WISHES = 64
@@ -52,7 +55,7 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `rate`: of what comes from the registry, all superpeers of the datacenter together. `priority`: the higher goes
     first. `manifest`: what a sibling has found the reference to be; then that is warmed and nothing else. `batch`: jobs
-    that share their rate, as they were asked for together, see `batch_of`. `node_rate`: what each node may take.
+    that were asked for together, and share their rate and the room: `batch_of`. `node_rate`: what each node may take.
     """
 
     reference: _Text
@@ -224,14 +227,14 @@ def joined(old: Request, new: Request) -> Request:
     """Return what a job under way is to do when it is asked for once more: what the new request says, and no less.
 
     The higher priority, the later end of the pin; rates, deadline and nodes are the new one's if it names them. A rate
-    together with others: their batch is joined; else the batch stays, and its rate is changed.
+    together with others: their batch is joined; else one that has a rate stays in its batch, whose rate is changed.
     """
     return msgspec.structs.replace(
         old,
         priority=max(old.priority, new.priority),
         pin_until=max(old.pin_until, new.pin_until),
         rate=new.rate or old.rate,
-        batch=(new.batch if new.rate else "") or old.batch,
+        batch=(new.batch if new.rate or not old.rate else "") or old.batch,
         node_rate=new.node_rate or old.node_rate,
         deadline=new.deadline or old.deadline,
         at=min(old.at, new.at),

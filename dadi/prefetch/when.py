@@ -7,6 +7,8 @@ from datetime import datetime, tzinfo
 from dadi.config import SECONDS, quantity
 from dadi.errors import ConfigError, InvalidRequest
 
+LATEST = 1e11
+"""Seconds since 1970: what messages may say, and what has a date."""
 HINT = "write it as 2026-11-10T22:00+08:00, or +2h (s, m, h, d) from now"
 
 
@@ -16,16 +18,17 @@ def moment(text: str, now: float, zone: tzinfo | None = None) -> float:
     Raises InvalidRequest for what is no moment.
     """
     text = text.strip()
-    if text.startswith("+"):
-        try:
-            return now + quantity(text[1:], SECONDS)
-        except ConfigError:
-            raise InvalidRequest(f"{text!r} is no time", hint=HINT) from None
     try:
-        found = datetime.fromisoformat(text)
-        return (found if found.tzinfo else found.replace(tzinfo=zone)).timestamp()
-    except (ValueError, OverflowError, OSError):
+        if text.startswith("+"):
+            at = now + quantity(text[1:], SECONDS)
+        else:
+            found = datetime.fromisoformat(text)
+            at = (found if found.tzinfo else found.replace(tzinfo=zone)).timestamp()
+    except (ConfigError, ValueError, OverflowError, OSError):
         raise InvalidRequest(f"{text!r} is no time", hint=HINT) from None
+    if at > LATEST:
+        raise InvalidRequest(f"{text!r} is too far away", hint=HINT)
+    return at
 
 
 def written(seconds: float) -> str:
