@@ -28,7 +28,7 @@ _SIZES = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 
 _SECONDS: dict[str, float] = {"": 1.0, "s": 1.0, "ms": 0.001, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _RATES = _SIZES | {"kbit": 125, "Mbit": 125_000, "Gbit": 125_000_000}
 _UNITS: dict[str, dict[str, Any]] = {SIZE: dict(_SIZES), SECONDS: dict(_SECONDS), RATE: dict(_RATES)}
-_NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+_NUMBER = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]*)\s*")
 
 
 def described(description: str, unit: str | None = None, *, at_least: int | None = None) -> Meta:

@@ -103,10 +103,15 @@ def _raise_refusal(error: BaseException, what: str, url: str) -> None:
             raise Unreachable(f"{what}: {url}: {told[0]}", hint=told[1]) from None
 
 
+def asked_to_wait(response: aiohttp.ClientResponse) -> float | None:
+    """Return the seconds of Retry-After, as our programs say them; None for none, or what is no such number."""
+    asked = response.headers.get("Retry-After", "")
+    return float(asked) if asked.isascii() and asked.isdigit() and len(asked) < 6 else None
+
+
 async def _error_of(response: aiohttp.ClientResponse, what: str) -> DadiError:
     error = error_in(await response.content.read(_MAX_ERROR_BODY))
-    asked = response.headers.get("Retry-After", "")
-    retry_after = float(asked) if asked.isdigit() and len(asked) < 6 else None
+    retry_after = asked_to_wait(response)
     if error is None:
         text = f"{what}: {response.url} answered {response.status} {response.reason}"
     elif isinstance(error, Unavailable) or type(error) is DadiError:
@@ -268,6 +273,6 @@ def _runner(app: web.Application) -> web.AppRunner:
 def parse_listen(listen: str) -> tuple[str, int]:
     """Return (host, port) of "host:port", "[v6]:port" or ":port"."""
     host, _, port = listen.rpartition(":")
-    if not port.isdigit() or int(port) > 65535:
-        raise InvalidRequest(f"{listen!r} is not host:port", hint="`listen` is HOST:PORT, [IPv6]:PORT or :PORT")
+    if not (port.isascii() and port.isdigit() and len(port) < 6 and int(port) < 1 << 16):
+        raise InvalidRequest(f"{listen[:100]!r} is not host:port", hint="`listen` is HOST:PORT, [IPv6]:PORT or :PORT")
     return host.strip("[]") or "0.0.0.0", int(port)

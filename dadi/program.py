@@ -41,6 +41,10 @@ def daemon(
         except DadiError as error:
             click.echo(f"{name}: {error}", err=True)
             sys.exit(1)
+        except PermissionError as error:  # of its directories, before anything of ours is at work
+            hint = "run it as root, or as who owns its directories (`state`, `run`)"
+            click.echo(f"{name}: {error.filename}: {error.strerror} ({hint})", err=True)
+            sys.exit(1)
 
     return command
 

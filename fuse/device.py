@@ -3,10 +3,11 @@
     hit     every chunk of the range is marked present, and the kernel has the bytes of the local file in its page
             cache: answered at once, by the thread that read the request
     cold    present, but the local disk has to be asked: a blocking read, for another thread
-    miss    a chunk is absent: the file's own `read`, on the event loop
+    miss    a chunk is absent: the file's own `read`, on the event loop (`LazyFile` in `dadi/node/devices.py`)
 
-A hit never waits for anything, so one thread can serve all of them. Nothing here talks to /dev/fuse, and nothing here
-fetches. Where a file is shorter than it promised, readers get an error: never zeros.
+A hit never waits for anything, so one thread can serve all of them. Nothing here talks to /dev/fuse (`session.py` does,
+and owns the threads), and nothing here fetches. Where a file is shorter than it promised, readers get an error: never
+zeros.
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ class NodeClient:
             response = connection.getresponse()
             if response.status >= 300:
                 error = error_in(response.read())
-                raise error or InvalidRequest(f"the node answered {response.status} to {method} {path}")
+                hint = "are dadi and dadi-node of one version? `dadi --version` and `dadi-node --version` say"
+                raise error or InvalidRequest(f"the node answered {response.status} to {method} {path}", hint=hint)
             yield response
         except (FileNotFoundError, ConnectionRefusedError):
             hint = "start dadi-node, or name its socket with --node-socket or DADI_NODE_SOCKET"

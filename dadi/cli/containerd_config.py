@@ -15,7 +15,7 @@ _PATIENCE = 10.0
 """Seconds that `containerd --version` may take."""
 
 
-@click.command(name="containerd-config")
+@click.command(name="containerd-config", short_help="Print what to put into containerd's config.toml.")
 @click.option("--version", "version_text", default="", metavar="VERSION", help=(
     "containerd's version: 1.6, 1.7, 2.0, 2.x. Default: that of this machine's."))
 @click.option("--cri", is_flag=True, help="Also what makes Kubernetes (CRI) pull lazily.")

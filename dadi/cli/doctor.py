@@ -14,7 +14,7 @@ from dadi.containerd import check
 from dadi.node import kernel
 
 
-@click.command()
+@click.command(short_help="Check what this machine has and lacks.")
 @containerd_address
 @as_json
 def doctor(containerd_address: str, as_json: bool) -> None:

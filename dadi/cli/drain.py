@@ -23,7 +23,7 @@ class _Time(click.ParamType[float]):
             self.fail(str(error), param, ctx)
 
 
-@click.command()
+@click.command(short_help="Before maintenance: make nothing depend on dadi-node.")
 @click.option("--timeout", type=_Time(), default="0", metavar="TIME", help="Wait for so long at most (90s, 5m, 2h); "
               "then exit status 1, and the draining goes on. Default: as long as it takes.")  # fmt: skip
 @click.option("--undo", is_flag=True, help="End the draining: the node is an ordinary one again.")

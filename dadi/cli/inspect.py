@@ -15,7 +15,7 @@ _LETTERS = {"file": "-", "directory": "d", "symlink": "l", "hardlink": "h", "cha
             "whiteout": "w", "opaque": "o"}  # fmt: skip
 
 
-@click.command()
+@click.command(short_help="Show what an image is made of.")
 @click.argument("image")
 @click.option("--layers", is_flag=True, help="Show the layers (always part of --json).")
 @click.option("--files", is_flag=True, help="Show each file's path, and its offset and length in the uncompressed tar.")

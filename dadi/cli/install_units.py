@@ -15,7 +15,7 @@ from dadi.units import texts
 from dadi.units.install import Outcome, headed, install
 
 
-@click.command("install-units")
+@click.command("install-units", short_help="Write systemd units for the daemons.")
 @click.option("--node", "programs", multiple=True, flag_value="dadi-node", help="dadi-node's (the default).")
 @click.option("--superpeer", "programs", multiple=True, flag_value="dadi-superpeer", help="dadi-superpeer's.")
 @click.option("--registry-proxy", "programs", multiple=True, flag_value="dadi-registry-proxy",

@@ -119,7 +119,8 @@ def retry(
 
 
 def _about_job(what: str, job: str, platform: str, scope: Scope, whom: Where, who: Who, *, quiet: bool) -> None:
-    reference, named, hint = "", job, "dadi prefetch list shows them"
+    reference, named = "", job
+    hint = "dadi prefetch list shows those of public images; of a private one name the image instead of the job"
     if not _JOB.fullmatch(job):
         request = canonical(Request(job, platforms([platform] if platform else [])[0], scope=scope))
         named = f"{request.reference}, of scope {scope}, {request.platform}"

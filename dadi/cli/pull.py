@@ -32,7 +32,7 @@ containerd_address = click.option(
 )
 
 
-@click.command()
+@click.command(short_help="Pull an image into containerd, lazily.")
 @click.argument("image")
 @click.option("--namespace", envvar="CONTAINERD_NAMESPACE", default="default", show_default=True, metavar="NAME", help=(
     "containerd's namespace; Kubernetes' is k8s.io (also CONTAINERD_NAMESPACE)."))

@@ -12,7 +12,7 @@ from dadi.cli import show
 from dadi.cli.client import NodeClient, as_json, node_socket
 
 
-@click.command()
+@click.command(short_help="Show images, who served their reads, what fell back.")
 @click.option("--devices", is_flag=True, help="Also show each image's block devices.")
 @node_socket
 @as_json
@@ -20,7 +20,8 @@ def status(devices: bool, node_socket: str, as_json: bool) -> None:
     """Show images, bytes present of bytes in all, who served the reads, and what fell back and why.
 
     An image is "lazy" while some of its bytes are still to come, "local" when its devices are plain local files (the
-    daemon is then not in the path of its reads), "broken" when what came is not what its digest says.
+    daemon is then not in the path of its reads), "broken" when what came is not what its digest says, "lost" when it
+    could not be mounted again after a restart: that is tried again every 10 s, and `dadi umount` gives it up.
     """
     answer = NodeClient(node_socket).call("GET", "/v1/status")
     if as_json:
@@ -47,6 +48,9 @@ def _mounts(mounts: list[dict[str, Any]], devices: bool) -> None:
                           show.size(device["bytes_present"]), show.size(device["bytes"]),
                           show.share(device["bytes_present"], device["bytes"]))  # fmt: skip
     show.print_table(table)
+    for row in mounts:
+        if row["state"] == "lost":
+            click.echo(f"lost: {row['directory']}: {row['error']}")
 
 
 def _traffic(answer: dict[str, Any]) -> None:

@@ -32,13 +32,14 @@ class _Rate(click.ParamType[float]):
             self.fail(str(error), param, ctx)
 
 
-@click.command()
+@click.command(short_help="Check everything on disk against its digests.")
 @click.option("--repair", is_flag=True, help="Fetch at once what was thrown away (through the node that runs).")
 @click.option("--state", metavar="DIR", help="Look at the store below this state directory, of a node, superpeer or "
               "proxy that does not run. Default: ask the node that runs.")  # fmt: skip
 @click.option("--superpeer", is_flag=True, help=f"The same as --state {SUPERPEER}.")
 @click.option("--rate", type=_Rate(), default=None, metavar="RATE",
-              help="Read so fast at most. Default: 100MiB of a node that runs, else any.")  # fmt: skip
+              help="Read so much a second at most (50MiB, 1Gbit). Default: 100MiB of a node that runs, "
+              "else any.")  # fmt: skip
 @node_socket
 @as_json
 def verify(
@@ -134,14 +135,12 @@ def _outcome(state: Path, checked: Checked) -> str:
 
 async def _looked_at(state: Path, rate: float) -> AsyncGenerator[Any, None]:
     """Yield what `dadi.blobs.verifying` finds, and "progress" events; the store is locked meanwhile."""
-    from dadi import state_version
     from dadi.blobs.disk import DiskBlobs
     from dadi.blobs.verifying import ReadingPace
     from dadi.blobs.verifying import verify as verified
 
-    await asyncio.to_thread(state_version.check, state)  # before a store throws away what it does not understand
     try:
-        store = await asyncio.to_thread(DiskBlobs, state / "store")
+        store = await asyncio.to_thread(DiskBlobs.of_state, state)
     except OSError as error:
         raise Unavailable(f"cannot use the store in {state}: {error.strerror}", hint="run as root") from None
     except Conflict as error:

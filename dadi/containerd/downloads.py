@@ -80,6 +80,7 @@ class LayerDownloads:
                 raise DigestMismatch(
                     f"layer {layer.digest} of {self._reference.name} is not what its digest says",
                     source=self._reference.registry,
+                    hint="neither by mirrors nor by the registry itself: push the image again",
                 ) from None
             except asyncio.CancelledError:
                 part.again()

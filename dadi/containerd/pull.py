@@ -260,6 +260,7 @@ class Pull:
             raise DigestMismatch(
                 f"layer {layer.digest} of {self._reference.name} unpacks to {unpacked_as}, the config says {diff_id}",
                 source=self._reference.registry,
+                hint="the image contradicts itself: build and push it again",
             )
         try:
             await containerd.commit(self._snapshotter, wanted[labels.SNAPSHOT_REF], key, wanted)

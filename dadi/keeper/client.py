@@ -20,6 +20,7 @@ from dadi.keeper import process
 
 _PATIENCE = 10.0
 """Seconds for a keeper to start, or to answer."""
+_WITHOUT = "without it mounts of lazy images do not outlive dadi-node"
 
 
 class KeeperProcess:
@@ -51,10 +52,11 @@ class KeeperProcess:
             done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                   timeout=_PATIENCE, start_new_session=True, check=False, cwd="/")  # fmt: skip
             if done.returncode:
-                raise Unavailable(f"dadi-keeper did not start: {done.stderr.decode(errors='replace').strip()[-500:]}")
+                said = done.stderr.decode(errors="replace").strip()[-500:]
+                raise Unavailable(f"dadi-keeper did not start at {path}: {said}", hint=_WITHOUT)
             return cls(path, _connected(path))
         except (OSError, subprocess.SubprocessError) as error:
-            raise Unavailable(f"dadi-keeper cannot be started at {path}: {error}") from None
+            raise Unavailable(f"dadi-keeper cannot be started at {path}: {error}", hint=_WITHOUT) from None
 
     @property
     def fd(self) -> int:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from dadi.blobs.config import StoreConfig
 from dadi.config import RATE, SECONDS, SIZE, described
 from dadi.log import LogLevel
 from dadi.oci.config import CredentialsConfig, RegistryConfig
@@ -54,14 +55,6 @@ class TraceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drop_below: Annotated[
         float, described("a trace of which less than this share was read is not replayed again; 0: always", at_least=0)
     ] = 0.3
-
-
-class StoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where blobs are kept."""
-
-    limit: Annotated[
-        int, described("disk for blobs; unmounted ones go, least recently used first; 0: any", SIZE, at_least=0)
-    ] = 0
 
 
 class SnapshotterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

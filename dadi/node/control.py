@@ -58,90 +58,95 @@ class TraceRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 def create(node: Node) -> web.Application:
     """Return the application for a node that has been started."""
-    app = http.application()
+    app, control = http.application(), _Control(node)
+    app.router.add_get("/healthz", control.healthz)
+    app.router.add_get("/metrics", metrics.handler("dadi_node", node.statistics))
+    app.router.add_get("/v1/status", control.status)
+    app.router.add_get("/v1/peers", control.peers)
+    app.router.add_post("/v1/mounts", control.mount)
+    app.router.add_delete("/v1/mounts", control.unmount)
+    app.router.add_post("/v1/drain", control.drain)
+    app.router.add_delete("/v1/drain", control.undo_drain)
+    app.router.add_post("/v1/verify", control.verify)
+    app.router.add_get("/v1/traces", control.trace)
+    app.router.add_post("/v1/traces", control.import_trace)
+    app.router.add_delete("/v1/traces", control.clear_trace)
+    app.router.add_get("/v1/inspect", control.inspect)
+    return app
 
-    async def healthz(request: web.Request) -> web.Response:
+
+class _Control:
+    """A handler for each route; see the head of this file."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    async def healthz(self, request: web.Request) -> web.Response:
         return web.Response(text="ok\n")
 
-    async def status(request: web.Request) -> web.Response:
-        return web.json_response(node.statistics())
+    async def status(self, request: web.Request) -> web.Response:
+        return web.json_response(self._node.statistics())
 
-    async def mount(request: web.Request) -> web.StreamResponse:
+    async def mount(self, request: web.Request) -> web.StreamResponse:
         try:
             body = msgspec.json.decode(await request.read(), type=MountRequest)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise InvalidRequest(f"not a mount request: {error}") from None
-        work = node.mounts.mount(body.image, normalized(body.directory), body.platform or node.platform)
+        work = self._node.mounts.mount(body.image, normalized(body.directory), body.platform or self._node.platform)
         return await http.stream_events(request, work)
 
-    async def unmount(request: web.Request) -> web.Response:
+    async def unmount(self, request: web.Request) -> web.Response:
         directory, force = normalized(request.query.get("directory", "")), request.query.get("force") == "1"
-        if not force and directory.startswith(f"{node.images.directory}/"):
+        if not force and directory.startswith(f"{self._node.images.directory}/"):
             # umount(2) would not find it in use: overlayfs has a mount of its own below a container.
             hint = "remove the image in containerd; --force all the same"
             raise Conflict(f"{directory} belongs to containerd's snapshots", hint=hint)
-        await node.mounts.unmount(directory, force=force)
+        await self._node.mounts.unmount(directory, force=force)
         return web.json_response({})
 
-    async def drain(request: web.Request) -> web.StreamResponse:
-        return await http.stream_events(request, node.drain.watch(_number(request.query.get("timeout", "0"))))
+    async def drain(self, request: web.Request) -> web.StreamResponse:
+        return await http.stream_events(request, self._node.drain.watch(_number(request.query.get("timeout", "0"))))
 
-    async def undo_drain(request: web.Request) -> web.Response:
-        await node.drain.end()
+    async def undo_drain(self, request: web.Request) -> web.Response:
+        await self._node.drain.end()
         return web.json_response({})
 
-    async def verify(request: web.Request) -> web.StreamResponse:
+    async def verify(self, request: web.Request) -> web.StreamResponse:
         rate, repair = _number(request.query.get("rate", "0")), request.query.get("repair") == "1"
-        return await http.stream_events(request, node.verifying.run(repair=repair, rate=rate))
+        return await http.stream_events(request, self._node.verifying.run(repair=repair, rate=rate))
 
-    async def peers(request: web.Request) -> web.Response:
-        if node.peering is None:
+    async def peers(self, request: web.Request) -> web.Response:
+        if self._node.peering is None:
             raise Conflict("this node has no peers", hint="it embeds a superpeer, or has peers.enabled = false")
-        in_use = [device.blob for device in node.devices.all()]
-        blobs = image_blobs(request.query.get("image", ""), node.mounts.statistics(), in_use)
-        return web.json_response(await node.peering.trees(blobs))
+        in_use = [device.blob for device in self._node.devices.all()]
+        blobs = image_blobs(request.query.get("image", ""), self._node.mounts.statistics(), in_use)
+        return web.json_response(await self._node.peering.trees(blobs))
 
-    async def inspect(request: web.Request) -> web.StreamResponse:
-        image = request.query.get("image")
-        if not image:
-            raise InvalidRequest("image must be given")
-        platform = request.query.get("platform") or node.platform
-        return await http.stream_events(request, inspecting(node, image, platform, request.query.get("files") == "1"))
+    async def inspect(self, request: web.Request) -> web.StreamResponse:
+        image, platform = self._image(request)
+        files = request.query.get("files") == "1"
+        return await http.stream_events(request, inspecting(self._node, image, platform, files))
 
-    async def trace(request: web.Request) -> web.Response:
-        return web.json_response(await traces.show(node, *_image(request)))
+    async def trace(self, request: web.Request) -> web.Response:
+        return web.json_response(await traces.show(self._node, *self._image(request)))
 
-    async def import_trace(request: web.Request) -> web.Response:
+    async def import_trace(self, request: web.Request) -> web.Response:
         try:
             body = msgspec.json.decode(await traces.body_of(request), type=TraceRequest)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise InvalidRequest(f"not a trace to import: {error}") from None
-        return web.json_response(await traces.bring(node, body.image, body.platform or node.platform, body.trace))
+        platform = body.platform or self._node.platform
+        return web.json_response(await traces.bring(self._node, body.image, platform, body.trace))
 
-    async def clear_trace(request: web.Request) -> web.Response:
-        await traces.clear(node, *_image(request))
+    async def clear_trace(self, request: web.Request) -> web.Response:
+        await traces.clear(self._node, *self._image(request))
         return web.json_response({})
 
-    def _image(request: web.Request) -> tuple[str, str]:
+    def _image(self, request: web.Request) -> tuple[str, str]:
         image = request.query.get("image")
         if not image:
             raise InvalidRequest("image must be given")
-        return image, request.query.get("platform") or node.platform
-
-    app.router.add_get("/v1/traces", trace)
-    app.router.add_post("/v1/traces", import_trace)
-    app.router.add_delete("/v1/traces", clear_trace)
-    app.router.add_get("/healthz", healthz)
-    app.router.add_get("/metrics", metrics.handler("dadi_node", node.statistics))
-    app.router.add_get("/v1/status", status)
-    app.router.add_get("/v1/peers", peers)
-    app.router.add_post("/v1/mounts", mount)
-    app.router.add_delete("/v1/mounts", unmount)
-    app.router.add_get("/v1/inspect", inspect)
-    app.router.add_post("/v1/drain", drain)
-    app.router.add_delete("/v1/drain", undo_drain)
-    app.router.add_post("/v1/verify", verify)
-    return app
+        return image, request.query.get("platform") or self._node.platform
 
 
 def _number(text: str) -> float:

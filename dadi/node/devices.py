@@ -45,7 +45,10 @@ class DeviceState(enum.Enum):
 
 
 class LazyFile:
-    """A blob as a file of the FUSE mount (see `fuse.device.BackedFile`): hits from `fd`, misses by `read`."""
+    """A blob as a file of the FUSE mount (see `fuse.device.BackedFile`): hits from `fd`, misses by `read`.
+
+    Named by the blob's digest without "sha256:", padded to a multiple of 4096 bytes. `chain`: `dadi/blobs/chain.py`.
+    """
 
     def __init__(self, file: DeviceFile, chain: Chain, demand: Demand) -> None:
         self.file = file

@@ -102,7 +102,8 @@ def umount(target: str | Path, *, force: bool = False, detach: bool = False) -> 
         if code in (errno.EINVAL, errno.ENOENT):
             raise NotFound(f"nothing is mounted on {target}")
         if code == errno.EBUSY:
-            raise Conflict(f"unmounting {target}: it is in use", hint="end the programs that use it (fuser -m)")
+            hint = "`fuser -vm` names who uses it; or `dadi umount --force`"
+            raise Conflict(f"unmounting {target}: it is in use", hint=hint)
         raise _mount_error(code, f"unmounting {target}")
 
 

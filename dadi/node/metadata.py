@@ -33,7 +33,7 @@ class ImageMetadata:
         self._store = store
         self._upstream = upstream
         self._fallbacks = fallbacks
-        self._on_index = on_index
+        self.on_index = on_index
         self._one = asyncio.Lock()
 
     def __repr__(self) -> str:
@@ -42,10 +42,14 @@ class ImageMetadata:
     async def index(self, answer: ImageAnswer) -> ImageIndex:
         """Return the image's index, from the store or else from upstream."""
         if self._store.has(answer.index_digest):
-            data = await self._store.get(answer.index_digest)
+            data, why = b"", f"the index {answer.index_digest}"
+            try:
+                data = await self._store.get(answer.index_digest)
+            except DadiError as error:
+                why = str(error)
             if await asyncio.to_thread(digests.of, data) == answer.index_digest:
                 return image_index.decode(data)
-            self._fallbacks.note("our own disk spoilt bytes, fetched again", f"the index {answer.index_digest}")
+            self._fallbacks.note("our own disk spoilt bytes, fetched again", why)
             await self._store.remove(answer.index_digest)
         data = await self._upstream.whole(answer.index_digest, answer.index_size)
         index = image_index.decode(data)
@@ -60,7 +64,7 @@ class ImageMetadata:
 
     async def hold(self, answer: ImageAnswer, index: ImageIndex, holds: contextlib.ExitStack) -> None:
         """Have the metadata here, all of it, and hold it and the image index."""
-        self._on_index(index)
+        self.on_index(index)
         for digest in (answer.index_digest, index.metadata.digest):
             blob = self._store.find(digest)
             if blob is not None:
@@ -95,7 +99,8 @@ class ImageMetadata:
     async def _whole(self, blob: Blob, holds: contextlib.ExitStack) -> None:
         """Have all of a blob here, or raise; does not wait for an upstream that is away."""
         if blob.size > MAX_SMALL_BLOB:
-            raise TooLarge(f"the metadata of an image has {blob.size} bytes; the limit is {MAX_SMALL_BLOB}")
+            raise TooLarge(f"the metadata of an image has {blob.size} bytes; the limit is {MAX_SMALL_BLOB}",
+                           hint="too many files for one image: split it")  # fmt: skip
         if self._store.has(blob.digest):
             return
         await self._store.prepare(blob)

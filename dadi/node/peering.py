@@ -28,7 +28,7 @@ from dadi.index.chunks import Blob
 from dadi.node.config import PeersConfig
 from dadi.node.demand import Demand
 from dadi.oci.reference import Reference
-from dadi.peers import link
+from dadi.peers import link, patience
 from dadi.peers.desk import Desk
 from dadi.peers.directory_client import DirectoryClient
 from dadi.peers.frames import Frames
@@ -38,7 +38,7 @@ from dadi.peers.grouped import GroupedDirectory
 from dadi.peers.health import Health
 from dadi.peers.known_again import KnownAgain
 from dadi.peers.membership import Condition
-from dadi.peers.parents import Parents, settings
+from dadi.peers.parents import Parents
 from dadi.peers.places import Peer
 from dadi.peers.pressure import Pressure
 from dadi.peers.server import PeerServer
@@ -124,7 +124,7 @@ class Peering:
         self.parents = Parents(
             self._peer("-", ""), self.directory, self._order, client.session,
             # What a virtual interface says of itself is no measure for a parent.
-            Health(settings(config.link)), self.frames, fallbacks, in_use=in_use,
+            Health(patience.upstreams(config.link)), self.frames, fallbacks, in_use=in_use,
             present=self._present, condition=self._condition, compress=compress, scheme=scheme,
             tokens=client.tokens,
         )  # fmt: skip

@@ -22,13 +22,12 @@ from aiohttp import web
 
 from dadi import http
 from dadi.blobs.disk import DiskBlobs
-from dadi.errors import Conflict, DadiError, Unavailable
+from dadi.errors import Conflict, DadiError
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
 from dadi.node.config import NodeConfig
 from dadi.oci.reference import Reference
 from dadi.originals.client import FromSuperpeers
-from dadi.peers.superpeer import SuperpeerClient
 from dadi.peers.tokens import ImageTokens
 from dadi.tls import Tls
 from registry_proxy.config import ProxyConfig
@@ -143,9 +142,8 @@ class PlainPulls:
 def _upstream(node: Node) -> ProxyUpstream:
     if node.embedded is not None:
         return Shared(node.embedded.originals, node.embedded.registry)
-    peering, tokens, served, read = node.peering, node.tokens, node.originals, node.config.read
-    client = peering.client if peering else node.upstream
-    assert isinstance(client, SuperpeerClient)
+    peering, tokens, served, read, client = node.peering, node.tokens, node.originals, node.config.read, node.client
+    assert client is not None
 
     async def on_table(ref: Reference, blob: Blob, token: str) -> None:
         if peering is None:
@@ -161,13 +159,8 @@ def _upstream(node: Node) -> ProxyUpstream:
         node.config.superpeers, node.store, node.fallbacks, connect=read.connect, read=read.stall, tls=node.tls,
         source=peering.upstream.source if peering else None, on_table=on_table, known=client.superpeers,
     )  # fmt: skip
-    renew_image = tokens.renew
 
     async def renew(image: ImageTokens) -> ImageTokens:
-        if image.platform != _ORIGINAL:
-            if renew_image is None:
-                raise Unavailable(f"nobody renews the tokens of {image.reference}")
-            return await renew_image(image)
         digest = image.reference.rpartition("@")[2]
         try:
             return msgspec.structs.replace(image, tokens=(await upstream.token(digest),))
@@ -176,5 +169,5 @@ def _upstream(node: Node) -> ProxyUpstream:
                 served.drop(digest)
             raise
 
-    tokens.renew = renew
+    tokens.renew_by[_ORIGINAL] = renew
     return upstream

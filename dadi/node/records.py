@@ -12,7 +12,7 @@ import msgspec
 import structlog
 
 from dadi.blobs.files import full_or_broken
-from dadi.blobs.layout import write_durably
+from dadi.blobs.layout import remove_or_log, write_durably
 from dadi.node.released import Released
 from dadi.peers.superpeer import ImageAnswer
 
@@ -51,9 +51,8 @@ class MountRecords:
             raise full_or_broken(file, error) from None
 
     async def remove(self, directory: str) -> None:
-        """Forget the record of a mount point, if there is one."""
-        await asyncio.to_thread(self._file(directory).unlink, missing_ok=True)
-        await asyncio.to_thread(self._released.forget, directory)
+        """Forget the record of a mount point, if there is one; one that the disk does not let go is ended, too."""
+        await asyncio.to_thread(self._remove, directory)
 
     async def all(self) -> list[MountRecord]:
         """Return all records; one that is damaged is dropped, one that cannot be read is left: both are logged.
@@ -72,14 +71,20 @@ class MountRecords:
                 log.error("could not read a mount record", file=str(file), why=str(error))
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
                 log.warning("dropped a damaged mount record", file=str(file), why=str(error))
-                await asyncio.to_thread(file.unlink, missing_ok=True)
+                await asyncio.to_thread(remove_or_log, file)
         return found
+
+    def _remove(self, directory: str) -> None:
+        if remove_or_log(self._file(directory)):
+            self._released.forget(directory)
+        else:
+            with contextlib.suppress(OSError):
+                self._released.add(directory)
 
     def _begin(self) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         for file in self._directory.glob("*.new"):
-            with contextlib.suppress(OSError):
-                file.unlink()
+            remove_or_log(file)
 
     def _file(self, directory: str) -> Path:
         return self._directory / f"{hashlib.sha256(os.fsencode(directory)).hexdigest()[:32]}.json"

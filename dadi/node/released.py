@@ -50,7 +50,8 @@ class Released:
 def free(run: Path, directory: str) -> None:
     """Take an image's mount away though its node, whose RUN is given, does not answer.
 
-    Raises NotFound if nothing is mounted there, Conflict if it is no image, Unavailable if the kernel does not let go.
+    Raises NotFound if nothing is mounted there, Conflict if it is no image, Unavailable if the kernel does not let go,
+    or, the mount being gone, if no word could be left for the next node.
     """
     path = os.path.join(os.path.realpath(os.path.dirname(directory)), os.path.basename(directory))
     there = kernel.mounted_at(path)
@@ -59,16 +60,20 @@ def free(run: Path, directory: str) -> None:
     if there.kind != "erofs" or not _is_ours(run, loop.backing_file(there.source) or ""):
         hint = "umount(8) takes it away; another node's: name that one with --node-socket"
         raise Conflict(f"what is mounted at {path} is not this node's: {there.kind} of {there.source}", hint=hint)
+    untold = ""
     try:
         Released(run).add(path)
-    except OSError as error:
-        hint = "run as root; without it the next dadi-node would mount the image again"
-        raise Unavailable(f"cannot leave word for the next dadi-node in {run}: {error.strerror}", hint=hint) from None
+    except OSError as error:  # a full disk must not keep a mount from being taken away
+        untold = f"no word could be left in {run}: {error.strerror}"
     try:
         _detach(path, there.id)
     except DadiError:
-        Released(run).forget(path)
+        if not untold:
+            Released(run).forget(path)
         raise
+    if untold:
+        hint = "`dadi umount` it once more when dadi-node runs: it will mount the image again"
+        raise Unavailable(f"{path} was taken away, but the next dadi-node does not know: {untold}", hint=hint)
 
 
 def _is_ours(run: Path, file: str) -> bool:

@@ -258,7 +258,8 @@ class Warmer:
                 needed += plan.size_of(blob, runs(await self._store.missing(blob, part)))
         room = await self._store.room(needed, {blob.digest for blob in wanted})
         if not room.enough:
-            raise StoreFull(f"{wish.reference} needs {needed} bytes here, and {room.free} are free")
+            raise StoreFull(f"{wish.reference} needs {needed} bytes here, and {room.free} are free",
+                            hint="raise store.limit, or end the pins of images that are not needed")  # fmt: skip
 
     async def _stand_aside(self) -> None:
         waited = 0.0

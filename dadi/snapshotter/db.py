@@ -41,6 +41,8 @@ from dadi.snapshotter.model import Info, Kind, LazyLayer, Usage, updated_labels
 
 VERSION = 1
 _APPLICATION = 0x44414449  # "DADI"
+_SMALLEST = 512
+"""Bytes of the smallest page: SQLite takes a shorter file for a new one."""
 _SCHEMA = """
 CREATE TABLE snapshots (
     id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, kind INTEGER NOT NULL,
@@ -118,8 +120,11 @@ def open_database(root: Path, *, replace_damaged: bool = False) -> Database:
     """
     path, directories = root / "metadata.db", root / "snapshots"
     try:
-        if not path.exists() and directories.is_dir() and any(directories.iterdir()):
-            raise Malformed(f"{path} is gone, but {directories} holds snapshots", hint=_WAY_BACK)
+        # One that was cut off to nothing SQLite takes for a new one, and the next sweep would delete all directories.
+        gone = not path.exists() or path.stat().st_size < _SMALLEST
+        if gone and directories.is_dir() and any(directories.iterdir()):
+            what = "is damaged: it is empty" if path.exists() else "is gone"
+            raise Malformed(f"{path} {what}, but {directories} holds snapshots", hint=_WAY_BACK)
         return Database(path)
     except Malformed:
         if not replace_damaged:

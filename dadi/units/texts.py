@@ -31,6 +31,8 @@ CAPABILITIES: Final = (
 )  # fmt: skip
 """What the node needs: mounts and loop devices, descriptors, loop nodes, directories of any owner, ports."""
 _PLAIN = re.compile(r"[\w/.,:+@%-]+")
+_STATES = {"dadi-node": "node", "dadi-superpeer": "superpeer", "dadi-registry-proxy": "proxy"}
+"""Below /var/lib/dadi: the last part of each configuration's `state`, where nothing else may be written."""
 _ABOUT = {
     "dadi-node": "container images that start before they are there",
     "dadi-superpeer": "the datacenter's cache of container images",
@@ -68,7 +70,7 @@ def unit(program: str, systemd: int, binaries: str) -> str:
         LimitNOFILE=1048576
         OOMPolicy=continue
         TasksMax=infinity
-        StateDirectory=dadi/{name}
+        StateDirectory=dadi/{_STATES[program]}
         StateDirectoryMode=0700
         {{service}}
         [Install]
