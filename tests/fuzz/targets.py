@@ -10,34 +10,40 @@ import base64
 import contextlib
 import gzip
 import io
-import json
-import tarfile
 import tomllib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
 
 import msgspec
 import zstandard
 
+from dadi import digest as digests
 from dadi.config import converted
 from dadi.containerd.cri import secret_in
 from dadi.errors import DadiError
+from dadi.http import asked_to_wait, parse_listen
 from dadi.index import artifact, image, layer, seek, tar, tar_header, tar_pax
 from dadi.index.decompress import uncompressed
 from dadi.node.config import NodeConfig
 from dadi.node.kernel import parse_mountinfo
-from dadi.oci import challenge, index_document, kubelet, manifest, platforms, retry
+from dadi.oci import challenge, index_document, kubelet, link, manifest, media_types, platforms, retry
 from dadi.oci.hosts import Hosts
 from dadi.oci.reference import Reference, parse_registry
 from dadi.originals import byte_range, caller
-from dadi.peers import frames, places, shown, stream, token
-from dadi.prefetch import manifests, messages, nodes, trace, trace_json, when
+from dadi.originals.client import decode_answer
+from dadi.peers import frames, hops, places, shown, stream, token
+from dadi.peers.keys import KnownKeys, PublicKeys
+from dadi.peers.superpeer import image_answer
+from dadi.prefetch import manifests, messages, nodes, trace, trace_artifact, trace_json, when
 from dadi.snapshotter import filters
 from dadi.wire import EventReader, error_in
 from fuse import state, wire
 from registry_proxy import paths
+from registry_proxy.config import ProxyConfig
 from superpeer.adopting import decode_told
 from superpeer.config import SuperpeerConfig
+from tests.fuzz import seeds, snapshotter
 
 
 class Target(NamedTuple):
@@ -46,6 +52,9 @@ class Target(NamedTuple):
     run: Callable[[bytes], object]
     seeds: Sequence[bytes] = (b"",)
     allowed: tuple[type[Exception], ...] = ()
+
+
+_NO_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 def check(name: str, data: bytes) -> None:
@@ -87,7 +96,21 @@ def _manifest(data: bytes) -> None:
         for more in (artifact.decode, artifact.decode_signature):
             with contextlib.suppress(DadiError):
                 more(parsed)
-        manifest.parse_config(data, parsed)
+        with contextlib.suppress(DadiError):
+            trace_artifact.decode(parsed, seeds.D)
+
+
+def _config(data: bytes) -> None:
+    layer_of_it = manifest.Descriptor(media_types.OCI_LAYER_GZIP, seeds.D, 1)
+    manifest.parse_config(data, manifest.Manifest(seeds.D, layer_of_it, (layer_of_it,)))
+
+
+def _token(data: bytes) -> None:
+    """What it says is looked at before its signature is: so it is here, where hardly any is right."""
+    text = token.bearer(_text(data))
+    with contextlib.suppress(DadiError):
+        repr(token.parse(text))
+    token.verify(text, lambda key: seeds.KEY.public_key())
 
 
 def _proxy_path(data: bytes) -> None:
@@ -100,8 +123,9 @@ def _proxy_path(data: bytes) -> None:
 def _events(data: bytes) -> None:
     reader = EventReader("here")
     for piece in (data[:7], data[7:]):
-        for _ in reader.feed(piece):
-            pass
+        for event in reader.feed(piece):
+            with contextlib.suppress(DadiError):
+                image_answer(event)
     reader.end()
 
 
@@ -128,8 +152,14 @@ def _trace(data: bytes) -> None:
             trace.decode(data, kind)
 
 
-def _place(kind: type[msgspec.Struct]) -> Callable[[bytes], object]:
-    return lambda data: msgspec.json.decode(data, type=kind)
+def _message(kind: type[msgspec.Struct], seed: bytes, then: Callable[[Any], object] = repr) -> Target:
+    """Return a target for messages whose readers (`bodies.py` and the like) say what is none; `then`: what follows."""
+    return Target(lambda data: then(msgspec.json.decode(data, type=kind)), (seed,), _NO_JSON)
+
+
+def _wait(data: bytes) -> None:
+    """The header as an answer has it; nobody asks for more of an answer."""
+    asked_to_wait(cast("Any", SimpleNamespace(headers={"Retry-After": _text(data)})))
 
 
 def _configuration(data: bytes) -> None:
@@ -137,7 +167,7 @@ def _configuration(data: bytes) -> None:
         values = tomllib.loads(_text(data))
     except tomllib.TOMLDecodeError:
         return
-    for kind in (NodeConfig, SuperpeerConfig):
+    for kind in (NodeConfig, SuperpeerConfig, ProxyConfig):
         with contextlib.suppress(DadiError):
             converted(values, kind, "here")
 
@@ -147,67 +177,48 @@ def _redirect(data: bytes) -> None:
     hosts.redirected("https://registry.example/v2/", _text(data), 1)
 
 
-def _filters(data: bytes) -> None:
-    filters.parse(_text(data).split("\0"))
-
-
-def _tarred() -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as out:
-        member = tarfile.TarInfo("d" * 120 + "/f")
-        member.size, member.pax_headers = 3, {"SCHILY.xattr.user.a": "b", "mtime": "1.5"}
-        out.addfile(member, io.BytesIO(b"abc"))
-        link = tarfile.TarInfo("l")
-        link.type, link.linkname = tarfile.SYMTYPE, "../x"
-        out.addfile(link)
-    return file.getvalue()
-
-
-_TAR = _tarred()
-_D = "sha256:" + "0" * 64
-_MANIFEST = json.dumps({
-    "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
-    "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": _D, "size": 2},
-    "layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", "digest": _D, "size": 9}],
-}).encode()  # fmt: skip
-_PEER = b'{"peer":{"id":"a","address":"h:1","zone":"z","rack":"r"},"blobs":["' + _D.encode() + b'"]}'
-_POD = b"kind: Pod\nspec:\n  containers: [{image: a/b:1}]\n  initContainers: [{image: c}]\n"
-
 TARGETS: dict[str, Target] = {
-    "fuse": Target(_fuse, (bytes([48]) + bytes(47) + b"name\0",)),
+    "fuse": Target(_fuse, seeds.FUSE),
     "fuse-state": Target(state.decode, (state.encode(wire.Init(7, 38, 1 << 17, 0), 1 << 17, "0:1"),)),
-    "tar": Target(_tar, (b"\0" + _TAR, b"\x80" + _TAR)),
-    "tar-header": Target(lambda data: tar_header.parse(data[:512].ljust(512, b"\0")), (_TAR[:512],)),
-    "tar-pax": Target(tar_pax.parse, (b"11 path=ab\n", b"30 GNU.sparse.major=1\n")),
-    "layer-stream": Target(_unpacked, (gzip.compress(_TAR), zstandard.compress(_TAR), _TAR)),
-    "manifest": Target(_manifest, (_MANIFEST,)),
-    "index-document": Target(index_document.parse, (b'{"schemaVersion":2,"manifests":[]}',)),
-    "descriptor": Target(manifest.parse_descriptor, (b'{"mediaType":"a/b","digest":"' + _D.encode() + b'","size":1}',)),
-    "layer-index": Target(layer.decode),
-    "image-index": Target(image.decode),
-    "seek-table": Target(lambda data: seek.decode(data, 1 << 20)),
-    "index-artifact-layer": Target(artifact.decode_layer),
-    "trace": Target(_trace, (trace.encode(trace.Trace(_D, ((_D, 262144),), ())),)),
+    "tar": Target(_tar, (b"\0" + seeds.TAR, b"\x80" + seeds.TAR)),
+    "tar-header": Target(lambda data: tar_header.parse(data[:512].ljust(512, b"\0")), (seeds.TAR[:512],)),
+    "tar-pax": Target(tar_pax.parse, (b"11 path=ab\n", b"22 GNU.sparse.major=1\n")),
+    "layer-stream": Target(_unpacked, (gzip.compress(seeds.TAR), zstandard.compress(seeds.TAR), seeds.TAR)),
+    "manifest": Target(_manifest, (seeds.MANIFEST, seeds.ARTIFACT, seeds.SIGNATURE, seeds.TRACE_ARTIFACT, seeds.INDEX)),
+    "image-config": Target(_config, (seeds.CONFIG,)),
+    "index-document": Target(index_document.parse, (seeds.INDEX,)),
+    "descriptor": Target(manifest.parse_descriptor, (seeds.DESCRIPTOR,)),
+    "layer-index": Target(layer.decode, (seeds.LAYER_INDEX,)),
+    "image-index": Target(image.decode, (seeds.IMAGE_INDEX,)),
+    "seek-table": Target(lambda data: seek.decode(data, 1 << 20), (seeds.SEEK_TABLE,)),
+    "index-artifact-layer": Target(artifact.decode_layer, (seeds.PACKED_LAYER_INDEX,)),
+    "trace": Target(_trace, seeds.TRACES),
     "trace-json": Target(
-        lambda data: trace_json.from_json(msgspec.json.decode(data)), (b'{"format":1}',),
-        (msgspec.MsgspecError, UnicodeDecodeError, RecursionError),
+        lambda data: trace_json.from_json(msgspec.json.decode(data)), (seeds.TRACE_JSON,), _NO_JSON,
     ),
-    "join": Target(_place(places.Join), (_PEER,), (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)),
-    "heartbeat": Target(_place(places.Heartbeat), (_PEER,), (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)),
-    "chunk-stream": Target(_records, (stream.WAITING, stream.head(2, 0, 4) + b"abcd")),
-    "chunk-frame": Target(_frame, (zstandard.compress(b"abc" * 99),)),
-    "token": Target(lambda data: token.verify(token.bearer(_text(data)), lambda key: None), (b"Bearer " + b"A" * 200,)),
+    "join": _message(places.Join, seeds.JOIN),
+    "joined": _message(places.JoinAnswer, seeds.JOINED),
+    "heartbeat": _message(places.Heartbeat, seeds.HEARTBEAT),
+    "changed": _message(places.Changed, seeds.CHANGED),
+    "group": _message(places.Grouped, seeds.GROUP),
+    "keys": _message(PublicKeys, seeds.KEYS, lambda said: KnownKeys(said, "here")),
+    "chunks-asked-for": Target(lambda data: stream.chunks_of(_text(data), 1000, 32), (b"1-3,7",)),
+    "hops": Target(lambda data: hops.hops_of(_text(data)), (b"12",)),
+    "original-answer": Target(lambda data: decode_answer(data, digests.of(b"abc")), (seeds.ORIGINAL,)),
+    "chunk-stream": Target(_records, seeds.STREAM),
+    "chunk-frame": Target(_frame, (seeds.FRAME,)),
+    "token": Target(_token, seeds.BEARERS),
     "shown-credentials": Target(
-        lambda data: shown.credentials(_text(data)), (base64.b64encode(b'{"username":"a","password":"b"}'),)
+        lambda data: shown.credentials(_text(data)), (b"Basic " + base64.b64encode(b"a:b"), b"Bearer x")
     ),
-    "prefetch-request": Target(messages.decode_request, (b'{"reference":"a/b:1","platform":"linux/amd64"}',)),
-    "prefetch-wishes": Target(messages.decode_wishes),
-    "prefetch-report": Target(messages.decode_report),
+    "prefetch-request": Target(messages.decode_request, (seeds.PREFETCH,)),
+    "prefetch-wishes": Target(messages.decode_wishes, (seeds.WISHES,)),
+    "prefetch-report": Target(messages.decode_report, (seeds.REPORT,)),
     "prefetch-nodes": Target(lambda data: nodes.parse(_text(data)), (b"zone=a,rack=b", b"20%")),
     "prefetch-moment": Target(lambda data: when.moment(_text(data), 1e9), (b"2026-11-10T22:00+08:00",)),
-    "kubernetes": Target(manifests.images, (_POD,)),
-    "sibling-told": Target(decode_told),
-    "events": Target(_events, (b'{"event":"done"}\n',)),
+    "kubernetes": Target(manifests.images, (seeds.POD,)),
+    "sibling-told": Target(decode_told, (seeds.SIBLING,)),
+    "events": Target(_events, (seeds.EVENTS,)),
     "error-body": Target(error_in, (b'{"error":"denied","message":"x"}',)),
     "proxy-path": Target(_proxy_path, (b"/v2/a/b/manifests/1?docker.io", b"/v2/a/blobs/sha256:" + b"0" * 64)),
     "range": Target(lambda data: byte_range.parse(_text(data), 1000), (b"bytes=1-2", b"bytes=-5")),
@@ -216,13 +227,19 @@ TARGETS: dict[str, Target] = {
         lambda data: challenge.choose(challenge.parse([_text(data)])), (b'Bearer realm="https://a/t",service="b"',)
     ),
     "retry-after": Target(lambda data: retry.parse_retry_after(_text(data), 1e9), (b"Sun, 06 Nov 1994 08:49:37 GMT",)),
+    "asked-to-wait": Target(_wait, (b"12",)),
+    "next-page": Target(lambda data: link.next_page("https://a/v2/", [_text(data)]), (b'</v2/x?n=1>; rel="next"',)),
+    "listen": Target(lambda data: parse_listen(_text(data)), (b"[::1]:7070", b":1")),
     "redirect": Target(_redirect, (b"https://cdn.example/x", b"../y")),
     "reference": Target(lambda data: Reference.parse(_text(data)), (b"h:1/a/b:t@sha256:" + b"0" * 64,)),
     "registry-name": Target(lambda data: parse_registry(_text(data)), (b"registry.example:5000", b"[::1]:5")),
     "platform": Target(lambda data: platforms.parse(_text(data)), (b"linux/arm/v7",)),
-    "kubelet-config": Target(lambda data: kubelet.read_config(data, "here"), (b"kind: CredentialProviderConfig\n",)),
-    "cri-secret": Target(secret_in, (b"\x0a\x05\x0a\x03a/b",)),
-    "snapshot-filters": Target(_filters, (b'kind==active,labels."a/b"~=x.*',)),
+    "kubelet-config": Target(lambda data: kubelet.read_config(data, "here"), (seeds.KUBELET,)),
+    "cri-secret": Target(secret_in, (seeds.PULL,)),
+    "snapshotter": Target(snapshotter.feed, snapshotter.SEEDS),
+    "snapshot-filters": Target(
+        lambda data: filters.parse(_text(data).split("\0")), (b'kind==active,labels."a/b"~=x.*', b"name~=/a\\/b/")
+    ),
     "mountinfo": Target(parse_mountinfo, (b"1 2 0:3 / /mnt rw - erofs /dev/loop0 ro\n",)),
-    "configuration": Target(_configuration, (b'listen = "a:1"\n[store]\nlimit = "1GiB"\n',)),
+    "configuration": Target(_configuration, (seeds.CONFIGURATION,)),
 }
