@@ -1,7 +1,7 @@
 # Every verb makes itself ready first (scripts/setup, quick when there is nothing to do).
 PYTHON := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench faults soak fuzz proto clean
+.PHONY: help setup demo test coverage check bench faults soak fuzz proto clean
 
 help:           ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */make \1\t/' | expand -t 14
@@ -14,6 +14,9 @@ demo: setup     ## show the main job with real parts (root); ARGS="--help" for o
 
 test: setup     ## all tests, in two processes; what this machine cannot run is skipped; ARGS="-k name" selects, in one
 	@$(PYTHON) -m tests $(ARGS)
+
+coverage: setup ## the same, measured (two to three times as long): which failure paths no test has walked
+	@$(PYTHON) -m tests --coverage $(ARGS)
 
 check: setup    ## ruff and mypy
 	@.venv/bin/ruff check .

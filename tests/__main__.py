@@ -14,8 +14,8 @@ directory of its own (tests/lab/cleanup.py); temporary files are in directories 
 socket has 107 bytes; and the second half has a loopback of its own where it may (root), so that neither takes a port
 that the other one means to come back to.
 
-Arguments that change what is printed (`_PRINTING`) go to both. With any other – a path, -k, --lf, --pdb, --cov – all is
-one ordinary pytest, which gets them as they are.
+Arguments that change what is printed (`_PRINTING`) go to both. With any other – a path, -k, --lf, --pdb – all is one
+ordinary pytest, which gets them as they are. With --coverage, too, either is measured (tests/failure_paths.py).
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+from tests import failure_paths
 from tests.lab.cleanup import Interrupted, mounts_below, signals_as_exceptions
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINES = ("tests/system/test_convert_tools.py", "tests/system/test_proxy_tools.py")
 FIRST = ("tests/system", "tests/faults")
 SLOWEST = 15
+COVERAGE = "--coverage"
 _PRINTING = re.compile(r"-[qvl]+|-r\w+|--(durations|durations-min|tb|color|show-capture|verbosity)=.+|--no-header")
 _OWN_LOOPBACK = ("unshare", "--net", "--", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
 _OUTCOMES = ("failure", "error", "skipped")
@@ -212,6 +214,8 @@ def second() -> list[str]:
 
 def main(arguments: Sequence[str]) -> int:
     """See the head of this file."""
+    if COVERAGE in arguments:
+        return failure_paths.measured([argument for argument in arguments if argument != COVERAGE])
     if not all(_PRINTING.fullmatch(argument) for argument in arguments):
         os.execv(sys.executable, [sys.executable, "-m", "pytest", *arguments])
     with signals_as_exceptions():
