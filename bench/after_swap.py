@@ -16,8 +16,8 @@ from pathlib import Path
 from bench.harness import Bench, Row, alternately, drop_caches, fio
 from tests.lab import images
 from tests.lab.cleanup import Lab
+from tests.lab.compare import unpacked
 from tests.lab.network import Network
-from tests.lab.oci_layout import Image
 from tests.lab.processes import LabFailed, Node, Registry, Superpeer
 
 _NOW = '[backfill]\nquiet = "0s"\n'
@@ -47,7 +47,7 @@ def run(bench: Bench) -> None:
         for name, image in (("tree", tree), ("large", large)):
             reference = f"{registry.address}/bench/{name}:latest"
             image.push(reference, prefix=host.prefix)
-            sides[name] = [_mounted(lab, node, name, reference), _unpacked(lab, name, image)]
+            sides[name] = [_mounted(lab, node, name, reference), unpacked(image, lab.root / f"{name}-unpacked")]
         node.wait_until(lambda: all(row["state"] == "local" for row in node.status()["mounts"]), timeout=300)
         node.stop()  # what follows must not need it
         for what, act in (("find", _find), ("tar", _tar)):
@@ -78,15 +78,6 @@ def _mounted(lab: Lab, node: Node, name: str, reference: str) -> Path:
     directory.mkdir()
     node.dadi("mount", reference, str(directory))
     return directory
-
-
-def _unpacked(lab: Lab, name: str, image: Image) -> Path:
-    bundle = lab.root / f"{name}-unpacked"
-    command = ["umoci", "unpack", "--image", f"{image.layout}:{image.tag}", str(bundle)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise LabFailed(f"umoci unpack: {done.stderr}")
-    return bundle / "rootfs"
 
 
 def _fio(file: Path, *, kind: str, block: str, jobs: int, unit: str, seconds: int | None) -> float:

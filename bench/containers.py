@@ -10,8 +10,6 @@ Then twenty containers of the interpreter's image at once, all bytes local, cach
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -101,20 +99,16 @@ def _teach(lab: Lab, host: Host, superpeer: Superpeer, references: Sequence[str]
     node.stop()
 
 
-def _pull(containerd: Containerd, host: Host, reference: str, snapshotter: str) -> None:
+def _pull(containerd: Containerd, reference: str, snapshotter: str) -> None:
     if snapshotter == "overlayfs":
         containerd.pull(reference)
-        return
-    command = [*host.prefix, sys.executable, "-m", "dadi.cli", "pull", reference, "--plain-http",
-               "--containerd-address", str(containerd.socket), "--json"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise LabFailed(f"dadi pull {reference}: {done.stderr.strip()}")
+    else:
+        containerd.pull_lazily(reference)
 
 
 def _ready(containerd: Containerd, host: Host, image: Image, reference: str, snapshotter: str) -> Ready:
     before, start = host.traffic(), time.monotonic()
-    _pull(containerd, host, reference, snapshotter)
+    _pull(containerd, reference, snapshotter)
     with containerd.running(reference, f"{snapshotter}-{start}", image.command, snapshotter) as line:
         seconds = time.monotonic() - start
         received = (host.traffic() - before).received
@@ -134,7 +128,7 @@ def _at_once(bench: Bench, lab: Lab, image: Image, rounds: int) -> None:
     node = Node(lab, host, [superpeer.url], name=_NODE, sections=sections)
     containerd = Containerd(lab, host, snapshotter=node.socket.parent / "snapshotter.sock")
     for snapshotter in ("overlayfs", "dadi"):
-        _pull(containerd, host, reference, snapshotter)
+        _pull(containerd, reference, snapshotter)
         _check(image, containerd.run(reference, f"first-{snapshotter}", image.command, snapshotter).strip())
     node.wait_until(lambda: [mount["state"] for mount in node.status()["mounts"]] == ["local"], timeout=300)
 

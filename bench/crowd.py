@@ -49,7 +49,7 @@ def run(bench: Bench) -> None:
     numbers = (1, 8) if bench.quick else _NUMBERS
     rounds = 1 if bench.quick else 2
     with Lab("bench", images.CACHE) as lab:
-        made = material(lab.root, size=_SIZE, startup=_SHARE)
+        made = material(lab, size=_SIZE, startup=_SHARE)
         runs = _measure(bench, made, _RATE, numbers, rounds, baseline=True)
         slow = _measure(bench, made, _SLOW_RATE, (numbers[0], numbers[-1]), rounds, baseline=False)
     for number in numbers:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from typing import Any
 
 from bench.harness import Bench, Row
@@ -22,7 +20,7 @@ from tests.lab.cleanup import Lab
 from tests.lab.containerd import Containerd
 from tests.lab.network import Host, Network
 from tests.lab.oci_layout import Image
-from tests.lab.processes import LabFailed, Node, Registry, Superpeer
+from tests.lab.processes import Node, Registry, Superpeer, dadi
 
 _RATES = (("100mbit", "100 Mbit/s", 4.0), ("1gbit", "1 Gbit/s", None))
 _KINDS = ("indexed", "converted", "first sight")
@@ -71,7 +69,7 @@ def _round(lab: Lab, image: Image, rate: str, starts_of: dict[str, list[starts.S
     names = {kind: f"{registry.address}/bench/{kind.replace(' ', '-')}:latest" for kind in _KINDS}
     for kind in ("indexed", "first sight"):
         image.push(names[kind], prefix=host.prefix)
-    cost = _publish(host, names)
+    cost = _publish(lab, host, names)
     containerd = Containerd(lab, network.host("plain", rate))
     ordinary.append(starts.ordinarily(containerd, image, names["first sight"], lab.root / "plain"))
     containerd.stop()
@@ -90,22 +88,18 @@ def _round(lab: Lab, image: Image, rate: str, starts_of: dict[str, list[starts.S
     return cost
 
 
-def _publish(host: Host, names: dict[str, str]) -> dict[str, Any]:
+def _publish(lab: Lab, host: Host, names: dict[str, str]) -> dict[str, Any]:
     """Index and convert on the registry's own host; return the CPU seconds and sizes."""
     before = os.times()
-    indexed = _dadi(host, "index", names["indexed"])
+    indexed = _dadi(lab, host, "index", names["indexed"])
     after = os.times()
-    converted = _dadi(host, "convert", names["first sight"], names["converted"])
+    converted = _dadi(lab, host, "convert", names["first sight"], names["converted"])
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return {"cpu": cpu, "index_bytes": _index_bytes(indexed), "converted_bytes": converted["after_bytes"]}
 
 
-def _dadi(host: Host, *arguments: str) -> dict[str, Any]:
-    command = [*host.prefix, sys.executable, "-m", "dadi.cli", *arguments, "--plain-http", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    if done.returncode != 0:
-        raise LabFailed(f"dadi {' '.join(arguments)}: {done.stderr.strip()}")
-    answer: dict[str, Any] = json.loads(done.stdout)
+def _dadi(lab: Lab, host: Host, *arguments: str) -> dict[str, Any]:
+    answer: dict[str, Any] = json.loads(dadi(lab, *arguments, "--plain-http", "--json", host=host).stdout)
     return answer
 
 

@@ -15,7 +15,6 @@ starts that only record beside starts that do nothing, in turn.
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -118,7 +117,7 @@ class _Starts:
         if kind == "local":
             self._bring_all(node, name)
         containerd = Containerd(self._lab, host, f"c-{name}", snapshotter=node.socket.parent / "snapshotter.sock")
-        _pull(containerd, host, self._reference)
+        containerd.pull_lazily(self._reference)
         before, begun = _processor(node), time.monotonic()
         with containerd.running(self._reference, f"run-{name}", self._image.command, "dadi") as line:
             took = time.monotonic() - begun
@@ -157,14 +156,6 @@ def _relay(lab: Lab, host: Host, trip: int) -> str:
     relay = Process(lab, "relay", command, host=host)
     relay.wait_until(lambda: host.get(host.address, port, "/healthz")[0] == 200)
     return f"http://{host.address}:{port}"
-
-
-def _pull(containerd: Containerd, host: Host, reference: str) -> None:
-    command = [*host.prefix, sys.executable, "-m", "dadi.cli", "pull", reference, "--plain-http",
-               "--containerd-address", str(containerd.socket), "--json"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise LabFailed(f"dadi pull {reference}: {done.stderr.strip()}")
 
 
 def _wait(process: Process, ready: Callable[[], bool]) -> None:

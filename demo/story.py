@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from tests.lab.cleanup import Lab
 from tests.lab.containerd import Containerd
 from tests.lab.network import Host, Network
 from tests.lab.oci_layout import Image
-from tests.lab.processes import LabFailed, Node, Registry, Superpeer
+from tests.lab.processes import LabFailed, Node, Registry, Superpeer, dadi
 from tests.lab.starts import Start
 
 _FAST = "1gbit"
@@ -97,10 +96,7 @@ class Story:
         screen.section("3  Indexed: `dadi index` has put an index beside the image; a superpeer that has never seen it")
         start = time.monotonic()
         with screen.working("dadi index: the build's last step, beside the registry"):
-            command = [*registry_host.prefix, sys.executable, "-m", "dadi.cli", "index", reference, "--plain-http"]
-            done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise LabFailed(f"dadi index {reference}: {done.stderr.strip()}")
+            done = dadi(self._lab, "index", reference, "--plain-http", "--json", host=registry_host)
         layers = json.loads(done.stdout)["platforms"][0]["layers"]
         size = sum(layer["index_bytes"] + layer["seek_bytes"] for layer in layers)
         screen.fact("index", f"{megabytes(size)} for {megabytes(self._image.compressed_size)} of layers, made in "
@@ -195,11 +191,7 @@ class Story:
         node = Node(self._lab, host, [superpeer.url], name=_SNAPSHOTTER.split("/")[0])
         before, start = host.traffic(), time.monotonic()
         with screen.working("dadi pull, then ctr run --snapshotter dadi"):
-            command = [*host.prefix, sys.executable, "-m", "dadi.cli", "pull", reference, "--plain-http",
-                       "--containerd-address", str(containerd.socket), "--json"]  # fmt: skip
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                raise LabFailed(f"dadi pull {reference}: {done.stderr.strip()}\n{node.tail()}")
+            containerd.pull_lazily(reference, host)
             pulled = time.monotonic() - start
             said = containerd.run(reference, "lazy", self._image.command, "dadi").strip()
         lazy = time.monotonic() - start

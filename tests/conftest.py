@@ -13,12 +13,15 @@ import hypothesis
 import pytest
 from blockbuster import blockbuster_ctx
 
+from tests.lab import bytecode
+
 
 def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.register_profile("dadi", deadline=None)  # a busy machine is no finding
     hypothesis.settings.load_profile("dadi")
     config.addinivalue_line("markers", "root: needs root, /dev/fuse and loop devices")
     config.addinivalue_line("markers", "programs(*names): needs these programs")
+    os.environ.update(bytecode.environment())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -63,7 +66,7 @@ def nothing_blocks_the_event_loop(request: pytest.FixtureRequest) -> Iterator[No
     with blockbuster_ctx(scanned_modules=["dadi", "superpeer", "registry_proxy", "fuse"]) as blockbuster:
         for function in blockbuster.functions.values():
             # Opening a store blocks, and says so: programs do it in a thread, tests need not.
-            function.can_block_in("dadi/blobs/disk.py", {"__init__", "_load"})
+            function.can_block_in("dadi/blobs/disk.py", {"__init__"})
         # To a socket that does not block, of pages that are in the cache: as asyncio does itself.
-        blockbuster.functions["os.sendfile"].can_block_in("dadi/blobs/answering.py", {"_sent_at_once"})
+        blockbuster.functions["os.sendfile"].can_block_in("dadi/blobs/sending.py", {"_sent_at_once"})
         yield

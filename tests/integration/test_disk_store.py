@@ -47,8 +47,8 @@ def blob(data: bytes) -> Blob:
 def crash(store: DiskBlobs) -> None:
     """End a store as a killed process does: its lock goes, nothing is synced, nothing is tidied."""
     store._lock.release()
-    store._threads.shutdown()
-    store._removals.shutdown()
+    store._space._threads.shutdown()
+    store._space._removals.shutdown()
 
 
 async def test_complete_and_partial_blobs_are_there_after_a_clean_stop(tmp_path: Path, data: bytes, blob: Blob) -> None:
@@ -76,7 +76,7 @@ async def test_after_a_crash_a_present_chunk_is_verified_before_it_is_believed(
         file.write(b"torn")
     again = DiskBlobs(tmp_path)
     assert again.statistics()["unverified_chunks"] == 4
-    assert again._blobs[blob.digest].present.count(1) == 0, "the kernel's readers must not see claims"
+    assert again._space.blobs[blob.digest].present.count(1) == 0, "the kernel's readers must not see claims"
     assert await again.missing(blob, range(4)) == [1]
     assert await again.read(blob, range(2, 4)) == parts_of(blob, data)[2:4]
     assert again.statistics()["bytes"] == 3 * C

@@ -115,7 +115,7 @@ async def test_a_question_under_way_does_not_bring_a_lying_index_back(
     image = await indexed.add(registry, "team/app", tars, tmp_path, change_index=wrong_chunk)
     async with superpeer(tmp_path, registry) as run:
         index = await run.index(image.reference)
-        run.superpeer.config = msgspec.structs.replace(run.superpeer.config, tag_ttl=0.0)
+        run.superpeer.resolver._tag_ttl = 0.0
         gate = asyncio.Event()
         before = len(registry.asked("/manifests/1"))
         registry.script("/manifests/1", Fault(gate=gate))

@@ -24,7 +24,7 @@ from dadi.peers.tokens import ImageTokens, Tokens
 from superpeer.signing import SigningKeys
 from tests.contracts.store import C, content
 from tests.fakes.registry import FakeRegistry
-from tests.integration.test_siblings import free_ports
+from tests.lab.network import free_ports
 from tests.lab.services import PLATFORM, Running, running, tar_of
 
 GOOD, WRONG, OLDER = Credentials("me", "secret"), Credentials("me", "wrong"), Credentials("me", "older")

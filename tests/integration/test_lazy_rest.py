@@ -28,6 +28,7 @@ from tests.fakes.indexed import CHUNK, Indexed
 from tests.fakes.registry import FakeRegistry, Fault, status
 from tests.integration.test_lazy_layers import complete, fetched, kinds, registry, superpeer, tars, whole
 from tests.lab.services import IndexingConfig, Running, running, tar_of
+from tests.lab.waiting import until
 
 __all__ = ["registry", "tars"]
 
@@ -37,14 +38,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lazy_layers, "_PAUSE", 0.01)
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
 async def turns(run: Running, count: int = 30) -> None:
-    """Let the rest have its turn that many times."""
+    """Let the rest have its turn that many times, with time for what it would do (and is not to)."""
     for _ in range(count):
         run.superpeer.lazy._wake.set()
         await asyncio.sleep(0.005)
@@ -274,7 +269,7 @@ async def test_a_demand_that_hangs_does_not_stop_the_rest_of_other_layers(
             await run.superpeer.bring(a.blob, range(1))
         registry.script("/blobs/" + b.layer_digest, Fault(gate=gate))
         hangs = asyncio.create_task(run.superpeer.bring(b.blob, range(1)))
-        await until(lambda: asked(registry, b) == 1)
+        await until(lambda: asked(registry, b) >= 1)
         if patience == 0.1:  # the layer that hangs is the first one
             await run.superpeer.bring(a.blob, range(1))
         await complete(run, 1)

@@ -21,6 +21,7 @@ from dadi.index.chunks import blob_of
 from dadi.peers import line as line_file
 from dadi.peers import stream
 from dadi.peers.frames import longest
+from dadi.peers.incoming import Alive
 from dadi.peers.line import HttpLine
 from tests.contracts.store import content
 
@@ -295,7 +296,7 @@ def test_of_whatever_comes_only_right_chunks_are_handed_on_each_once(records: li
         session: Any = http.client()
         line = HttpLine(lambda: "http://peer", session)
         async with session, asyncio.timeout(20) as limit:
-            await line._stream(response, BLOB, range(8), heard, line_file._Alive(limit, None))
+            await line._stream(response, BLOB, range(8), heard, Alive(limit, None))
 
     try:
         asyncio.run(take())

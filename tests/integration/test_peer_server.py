@@ -97,7 +97,8 @@ async def test_what_is_here_is_sent_and_nothing_is_asked_for(served: Served) -> 
     assert served.source.asked == []
 
 
-async def test_what_is_not_here_is_fetched_kept_and_sent(served: Served) -> None:
+async def test_what_is_not_here_is_fetched_kept_and_sent(served: Served, monkeypatch: Any) -> None:
+    monkeypatch.setattr(server_file, "FIRST_SIGN", 20.0)
     response, body = await served.get(BLOB, f"{8 * C}-{len(DATA) - 1}", Dadi_Hops="3")
     assert (response.status, body) == (206, DATA[8 * C :])
     assert await served.store.missing(BLOB, range(8, 9)) == []
@@ -115,11 +116,14 @@ async def test_the_first_chunks_are_sent_while_the_others_are_fetched(served: Se
     assert served.source.chunks_asked == [2, 3, 4, 5]
 
 
-async def test_who_asks_for_what_does_not_come_is_told_to_ask_again_and_it_is_fetched_once(served: Served) -> None:
+async def test_who_asks_for_what_does_not_come_is_told_to_ask_again_and_it_is_fetched_once(
+    served: Served, monkeypatch: Any
+) -> None:
     served.source.gate = asyncio.Event()
     for _ in range(3):
         response, body = await served.get(BLOB, f"0-{C - 1}")
         assert (response.status, body, response.headers["Dadi-Waiting"]) == (202, b"", "1")
+    monkeypatch.setattr(server_file, "FIRST_SIGN", 20.0)
     again = asyncio.create_task(served.get(BLOB, f"0-{C - 1}"))
     served.source.gate.set()
     response, body = await again

@@ -25,8 +25,9 @@ from superpeer.config import IndexingConfig
 from tests.contracts.store import content
 from tests.fakes import indexed
 from tests.fakes.registry import FakeRegistry, Fault
-from tests.integration.test_siblings import a_node, copies, datacenter, layers_owned_by_both
+from tests.lab.datacenter import a_node, copies, datacenter, layers_owned_by_both
 from tests.lab.services import CHUNK, PLATFORM, Running, running, tar_of
+from tests.lab.waiting import until
 
 AWAY = [Fault(drop=True)] * 5000
 
@@ -369,9 +370,7 @@ async def test_one_superpeer_is_asked_and_owner_and_stand_in_are_warm_at_one_cop
         job = await operator.begin(dc.urls[0], reference)
         ended = await operator.end(dc.urls[0], job.id)
         assert (ended.state, ended.error) == (State.READY, None)
-        async with asyncio.timeout(20):
-            while job.id not in {each.id for each in dc.running[dc.urls[1]].superpeer.prefetch.jobs()}:
-                await asyncio.sleep(0.01)
+        await until(lambda: job.id in {each.id for each in dc.running[dc.urls[1]].superpeer.prefetch.jobs()})
         other = await operator.end(dc.urls[1], job.id)
         assert (other.state, other.error) == (State.READY, None)
         for url in dc.urls:
@@ -409,9 +408,7 @@ async def test_a_superpeer_that_is_away_is_done_without_and_hears_of_the_job_whe
         assert any(away in note for note in ended.notes)
         assert (await operator.verify(here, made.reference)).ready
         run = await dc.start(away)
-        async with asyncio.timeout(30):
-            while not run.superpeer.prefetch.jobs():
-                await asyncio.sleep(0.05)
+        await until(run.superpeer.prefetch.jobs)
         other = await operator.end(away, job.id)
         assert (other.state, other.error) == (State.READY, None)
         assert run.superpeer.lazy.statistics()["bytes"] == 0, "the stand-in had it all"
@@ -470,7 +467,7 @@ async def test_of_three_superpeers_two_have_each_layer_and_any_one_may_die(
 async def test_a_registry_that_hangs_delays_a_start_that_needs_nothing_of_it_once_and_not_long(
     tmp_path: Path, registry: FakeRegistry, operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("superpeer.service._PATIENCE", 0.3)
+    monkeypatch.setattr("superpeer.resolving._PATIENCE", 0.3)
     made = await indexed.add(registry, "team/app", TARS, tmp_path)
     async with a_superpeer(tmp_path / "s", registry, tag_ttl=0.0) as run:
         ended = await operator.end(run.url, (await operator.begin(run.url, made.reference)).id)

@@ -7,19 +7,17 @@ import base64
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
-from dadi.cli.main import cli
-from dadi.errors import DadiError
 from dadi.tls import TlsConfig
 from tests.contracts.store import content
 from tests.fakes import indexed
 from tests.fakes.authority import Authority
 from tests.fakes.registry import FakeRegistry
-from tests.integration.test_siblings import datacenter, free_ports, layers_owned_by_both
+from tests.lab.datacenter import datacenter, layers_owned_by_both
+from tests.lab.network import free_ports
+from tests.lab.prefetch_command import dadi, told
 from tests.lab.services import PLATFORM, running, tar_of
 
 TARS = [tar_of(**{f"file-{seed}": content(200_000, seed)}) for seed in range(2)]
@@ -29,23 +27,6 @@ TARS = [tar_of(**{f"file-{seed}": content(200_000, seed)}) for seed in range(2)]
 async def registry() -> AsyncIterator[FakeRegistry]:
     async with FakeRegistry() as fake:
         yield fake
-
-
-async def dadi(*arguments: object, stdin: str | None = None) -> Result:
-    """Run the command line in a thread, as it is a program of its own."""
-
-    def run() -> Result:
-        return CliRunner().invoke(cli, ["prefetch", *map(str, arguments)], input=stdin)
-
-    result = await asyncio.wait_for(asyncio.to_thread(run), 60)
-    if result.exception is not None and not isinstance(result.exception, SystemExit | DadiError):
-        raise result.exception
-    return result
-
-
-def told(result: Result) -> list[Any]:
-    """Return the JSON that was printed; what comes before is the log of the superpeers in this process."""
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 async def test_a_datacenter_is_warmed_verified_and_its_jobs_are_listed(tmp_path: Path, registry: FakeRegistry) -> None:
@@ -256,7 +237,7 @@ async def test_a_private_image_needs_credentials_which_are_kept_nowhere(
             (job,) = run.superpeer.prefetch.jobs()
             hidden = await dadi("status", job.id, *whom)
             assert hidden.exit_code == 1
-            assert "name the image instead of the job" in hidden.stderr
+            assert "name the image instead of the job" in str(hidden.exception)
             assert "no jobs" in (await dadi("list", *whom[2:])).output
         found = await asyncio.to_thread(_grep, tmp_path / "s", [secret.encode(), encoded.encode()])
         assert found == []

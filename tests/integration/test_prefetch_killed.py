@@ -19,7 +19,7 @@ from dadi.errors import DadiError
 from tests.contracts.store import content
 from tests.fakes import indexed
 from tests.fakes.registry import FakeRegistry, Fault
-from tests.integration.test_siblings import free_ports
+from tests.lab.network import free_ports
 from tests.lab.services import CHUNK, PLATFORM, tar_of
 
 ROOT = Path(__file__).parents[2]

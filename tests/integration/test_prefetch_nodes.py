@@ -170,7 +170,7 @@ async def test_what_is_pinned_is_kept_on_nodes_too_until_its_time_or_until_it_is
     made = await indexed.add(registry, "team/app", TARS, tmp_path)
 
     def held(one: WarmNode) -> int:
-        while one.store._evict_one() is not None:
+        while one.store._space.evict_one() is not None:
             pass
         return len(one.store.digests())
 

@@ -18,8 +18,8 @@ from superpeer.config import PrefetchConfig
 from tests.contracts.store import content
 from tests.fakes import indexed
 from tests.fakes.registry import FakeRegistry, Fault
-from tests.integration.test_prefetch_cli import dadi, told
-from tests.integration.test_siblings import free_ports
+from tests.lab.network import free_ports
+from tests.lab.prefetch_command import dadi, told
 from tests.lab.services import PLATFORM, Running, running, tar_of
 
 TARS = [tar_of(**{f"file-{seed}": content(200_000, seed)}) for seed in range(2)]
@@ -63,9 +63,9 @@ async def test_what_is_asked_for_reaches_the_job(tmp_path: Path, registry: FakeR
         assert all(word in shown.output for word in ("rate", "begins", "deadline", "pinned", "zone=a,20%"))
 
 
-@pytest.mark.parametrize("together", [("--rate", "1Gbit"), ("--deadline", "+2h")])
+@pytest.mark.parametrize("together", [("--rate", "1Gbit"), ("--deadline", "+2h"), ()])
 async def test_images_of_one_command_are_one_batch(
-    tmp_path: Path, registry: FakeRegistry, together: tuple[str, str]
+    tmp_path: Path, registry: FakeRegistry, together: tuple[str, ...]
 ) -> None:
     names = [(await indexed.add(registry, f"team/{name}", TARS[:1], tmp_path)).reference for name in "ab"]
     async with one(tmp_path, registry) as (run, whom):
@@ -170,22 +170,66 @@ async def test_no_room_is_said_before_anything_is_fetched_and_what_would_be_evic
         assert "are evicted for it: sha256:" in done.output
 
 
-async def test_an_image_that_had_to_make_room_for_the_next_is_not_called_ready(
+async def test_images_that_fit_alone_and_not_together_are_all_refused_before_anything_is_fetched(
     tmp_path: Path, registry: FakeRegistry
 ) -> None:
+    images = {f"team/{seed}": [TARS[0], tar_of(big=content(250_000, seed))] for seed in range(7, 9)}
+    names = [(await indexed.add(registry, name, tars, tmp_path)).reference for name, tars in images.items()]
+    async with one(tmp_path, registry, limit=1_200_000) as (run, whom):
+        for name in names:
+            await run.index(name)  # by their indexes it is known what they are unpacked
+        refused = await dadi(*names, *whom, "--json")
+        assert refused.exit_code == 1
+        said = [row["problems"][0] for row in told(refused)]
+        assert all("and the 1 that were asked for with it need" in each for each in said), said
+        assert {job.state for job in run.superpeer.prefetch.jobs()} == {State.FAILED}
+        assert run.superpeer.lazy.statistics()["bytes"] == 0
+        assert (await dadi(names[0], *whom)).exit_code == 0, "alone it does"
+    async with one(tmp_path / "larger", registry, limit=1_650_000) as (run, whom):
+        done = await dadi(*names, *whom)
+        assert done.exit_code == 0, "the layer that both have counts once"
+
+
+async def until_one_is_ready(run: Running) -> None:
+    async with asyncio.timeout(30):
+        while State.READY not in {job.state for job in run.superpeer.prefetch.jobs()}:
+            await asyncio.sleep(0.01)
+
+
+async def test_an_image_that_is_known_late_makes_no_room_where_another_of_its_command_is(
+    tmp_path: Path, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("superpeer.jobs_together._PATIENCE", 0.5)
     first = await indexed.add(registry, "team/first", TARS[:1], tmp_path)
     other = await indexed.add(registry, "team/other", [tar_of(big=content(250_000, 7))], tmp_path)
     gate = asyncio.Event()
     registry.script("/team/other/manifests/", *[Fault(gate=gate)] * 5)
     async with one(tmp_path, registry, limit=700_000) as (run, whom):
         command = asyncio.create_task(dadi(first.reference, other.reference, *whom, "--json"))
-        async with asyncio.timeout(30):
-            while State.READY not in {job.state for job in run.superpeer.prefetch.jobs()}:
-                await asyncio.sleep(0.01)
+        await until_one_is_ready(run)
         gate.set()
         done = await command
         assert done.exit_code == 1
-        assert [row["ready"] for row in told(done)] == [False, True]
+        assert [row["ready"] for row in told(done)] == [True, False]
+        assert "and the 1 that were asked for with it need" in told(done)[1]["problems"][0]
+
+
+async def test_an_image_that_had_to_make_room_for_another_is_not_called_ready(
+    tmp_path: Path, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("superpeer.jobs_together._PATIENCE", 0.5)
+    first = await indexed.add(registry, "team/first", TARS[:1], tmp_path)
+    other = await indexed.add(registry, "team/other", [tar_of(big=content(250_000, 7))], tmp_path)
+    gate = asyncio.Event()
+    registry.script("/team/none/manifests/", *[Fault(gate=gate, status=404)] * 5)
+    async with one(tmp_path, registry, limit=700_000) as (run, whom):
+        command = asyncio.create_task(dadi(first.reference, f"{registry.host}/team/none:1", *whom, "--json"))
+        await until_one_is_ready(run)
+        assert (await dadi(other.reference, *whom)).exit_code == 0
+        gate.set()
+        done = await command
+        assert done.exit_code == 1
+        assert [row["ready"] for row in told(done)] == [False, False]
         assert "lacks" in told(done)[0]["problems"][0]
 
 

@@ -16,7 +16,7 @@ from superpeer.jobs_pace import Pace, Slots
 from tests.contracts.store import content
 from tests.fakes import indexed
 from tests.fakes.registry import FakeRegistry, Fault
-from tests.integration.test_siblings import a_node
+from tests.lab.datacenter import a_node
 from tests.lab.services import PLATFORM, Running, running, tar_of
 
 
@@ -110,7 +110,7 @@ async def under_way(registry: FakeRegistry, run: Running) -> None:
 async def idle(run: Running) -> None:
     """Wait until nothing is streamed any more."""
     async with asyncio.timeout(20):
-        while run.superpeer.origin._passes or run.superpeer._resolving:
+        while run.superpeer.origin._passes or run.superpeer.resolver._under_way:
             await asyncio.sleep(0.01)
 
 
@@ -143,7 +143,7 @@ async def test_what_somebody_else_wants_too_goes_on(tmp_path: Path, registry: Fa
         async with asyncio.timeout(20):
             while not registry.asked(layer, "GET"):
                 await asyncio.sleep(0.01)
-        (resolving,) = run.superpeer._resolving.values()
+        (resolving,) = run.superpeer.resolver._under_way.values()
         assert resolving.pace is not None
         if who == "a node":
             other: asyncio.Task[object] = asyncio.create_task(run.index(reference))

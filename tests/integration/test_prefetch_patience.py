@@ -17,8 +17,8 @@ from superpeer.config import PrefetchConfig
 from tests.contracts.store import content
 from tests.fakes import indexed
 from tests.fakes.registry import FakeRegistry, Fault
-from tests.integration.test_prefetch_cli import dadi
-from tests.integration.test_siblings import datacenter, layers_owned_by_both
+from tests.lab.datacenter import datacenter, layers_owned_by_both
+from tests.lab.prefetch_command import dadi
 from tests.lab.services import PLATFORM, Running, running, tar_of
 
 TARS = [tar_of(**{f"file-{seed}": content(100_000, seed)}) for seed in range(2)]

@@ -16,7 +16,7 @@ from superpeer.jobs_ready import small
 from tests.contracts.store import content
 from tests.fakes import indexed
 from tests.fakes.registry import FakeRegistry, Fault
-from tests.integration.test_siblings import a_node
+from tests.lab.datacenter import a_node
 from tests.lab.services import PLATFORM, Running, running, tar_of
 
 TARS = [tar_of(**{f"file-{seed}": content(100_000, seed)}) for seed in range(2)]
@@ -40,7 +40,7 @@ async def prefetched(run: Running, reference: str, **fields: Any) -> Job:
 
 def evict_all(run: Running) -> None:
     """Have the store throw away whatever nobody holds."""
-    while run.superpeer.store._evict_one() is not None:
+    while run.superpeer.store._space.evict_one() is not None:
         pass
 
 

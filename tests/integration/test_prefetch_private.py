@@ -10,21 +10,25 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+import msgspec
 import pytest
 
 from dadi import http
 from dadi.errors import AccessDenied
 from dadi.oci.credentials import Credentials
 from dadi.oci.reference import Reference
+from dadi.peers import shown
 from dadi.prefetch.life import State
 from dadi.prefetch.messages import Request, Wishes, canonical, decode_wishes, job_id
 from superpeer.config import PrefetchConfig
 from tests.contracts.store import content
 from tests.fakes import indexed
 from tests.fakes.registry import FakeRegistry, Fault
-from tests.integration.test_prefetch_cli import dadi, told
 from tests.integration.test_prefetch_nodes import TARS, node
-from tests.integration.test_siblings import datacenter, free_ports, layers_owned_by_both
+from tests.lab.datacenter import datacenter, layers_owned_by_both
+from tests.lab.network import free_ports
+from tests.lab.prefetch_command import dadi, told
 from tests.lab.services import PLATFORM, Running, running, tar_of
 
 USER, SECRET = "somebody", "correct-horse-battery"
@@ -117,6 +121,48 @@ async def test_after_a_restart_the_command_that_waits_gives_them_again_and_witho
         again = await dadi("retry", *about, *LOGIN, stdin=SECRET)
         assert again.exit_code == 0, again.output
         await until(job, run, State.READY)
+
+
+async def test_whom_the_registry_does_not_let_in_is_told_of_a_job_what_he_is_told_of_one_that_there_is_not(
+    tmp_path: Path, private: FakeRegistry
+) -> None:
+    """Ids can be guessed by who knows an image's name."""
+    full = canonical(Request(image(private), PLATFORM))
+    there, not_there = job_id(full), job_id(msgspec.structs.replace(full, scope="startup"))
+    wrong, right = (shown.header(Credentials(USER, password)) for password in ("wrong-horse", SECRET))
+    async with (
+        running(tmp_path / "s", private.host, authorization="registry") as run,
+        aiohttp.ClientSession() as session,
+    ):
+
+        async def answers(headers: dict[str, str], **parameters: str) -> list[tuple[int, str]]:
+            """Return what is answered to each kind of question, of the job that is there and of the other."""
+            told = []
+            for verb, what in (("GET", ""), ("POST", "/cancel"), ("POST", "/retry"), ("POST", "/nodes")):
+                for job in (there, not_there):
+                    url = f"{run.url}/v1/prefetch/{job}{what}"
+                    body = b'{"node": "n", "state": "ready"}' if what == "/nodes" else None
+                    async with session.request(verb, url, headers=headers, params=parameters, data=body) as answer:
+                        told.append((answer.status, (await answer.text()).replace(job, "JOB")))
+            return told
+
+        done = await dadi(image(private), "--platform", PLATFORM, "--superpeer", run.url, *LOGIN, stdin=SECRET)
+        assert done.exit_code == 0, done.output
+        for headers in ({}, wrong):
+            for parameters in ({}, {"reference": image(private)}):
+                told = await answers(headers, **parameters)
+                assert told[::2] == told[1::2]
+                assert {status for status, _ in told} == ({403} if parameters else {404})
+        private.script("/manifests/", *[Fault(status=503)] * 1000)
+        away = shown.header(Credentials(USER, "another"))
+        for parameters, status in (({}, 404), ({"reference": image(private)}, 503)):
+            told = await answers(away, **parameters)
+            assert told[::2] == told[1::2]
+            assert {each for each, _ in told} == {status}, "nobody knows whether he may"
+        with_it = await answers(right, reference=image(private))
+        assert [status for status, _ in with_it[:2]] == [200, 404], "his yes is remembered"
+        other = await answers(right, reference=f"{private.host}/team/app:2")
+        assert [status for status, _ in other[:2]] == [404, 404], "that is another image's job"
 
 
 async def test_its_jobs_are_listed_to_whom_the_registry_accepts(tmp_path: Path, private: FakeRegistry) -> None:

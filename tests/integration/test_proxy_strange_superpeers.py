@@ -15,7 +15,7 @@ from aiohttp import web
 from dadi import digest as digests
 from dadi import http
 from dadi.originals import client
-from dadi.originals.client import OriginalAnswer
+from dadi.originals.messages import OriginalAnswer
 from tests.lab.proxies import proxied
 
 DATA = Random(8).randbytes(1_000_000)
@@ -24,8 +24,13 @@ BLOB = f"/v2/team/app/blobs/{DIGEST}"
 
 
 @contextlib.asynccontextmanager
-async def superpeer(step: int = 1 << 20, challenge: bytes = b"{}") -> AsyncIterator[tuple[str, list[int]]]:
-    """One that breaks off after `step` bytes each time. Yields its URL, and where it was asked to begin."""
+async def superpeer(
+    step: int = 1 << 20, challenge: bytes = b"{}", said: bytes = b"", stale: str = ""
+) -> AsyncIterator[tuple[str, list[int]]]:
+    """One that breaks off after `step` bytes each time. Yields its URL, and where it was asked to begin.
+
+    `said`: of the blob's size and table, in place of what is right; `stale`: how old its documents are.
+    """
     asked: list[int] = []
 
     async def original(request: web.Request) -> web.StreamResponse:
@@ -40,7 +45,10 @@ async def superpeer(step: int = 1 << 20, challenge: bytes = b"{}") -> AsyncItera
         return response
 
     async def table(request: web.Request) -> web.Response:
-        return web.Response(body=msgspec.msgpack.encode(OriginalAnswer(len(DATA))))
+        return web.Response(body=said or msgspec.msgpack.encode(OriginalAnswer(len(DATA))))
+
+    async def tags(request: web.Request) -> web.Response:
+        return web.json_response({"name": "team/app", "tags": ["1"]}, headers={client.STALE: stale})
 
     async def challenged(request: web.Request) -> web.Response:
         return web.Response(body=challenge)
@@ -49,6 +57,7 @@ async def superpeer(step: int = 1 << 20, challenge: bytes = b"{}") -> AsyncItera
     app.router.add_get("/v1/original/{digest}", original)
     app.router.add_get("/v1/original/{digest}/table", table)
     app.router.add_get("/v1/challenge", challenged)
+    app.router.add_get("/v1/tags", tags)
     runner, address = await http.serve_tcp(app, "127.0.0.1:0")
     try:
         yield f"http://{address}", asked
@@ -84,3 +93,21 @@ async def test_a_challenge_that_makes_no_sense_is_told_as_such(tmp_path: Path, s
         response, body = await proxy.get("/v2/")
         assert response.status == 502
         assert b"are the versions alike?" in body
+
+
+SIZE = b"\x82\xa4size\x09"
+
+
+@pytest.mark.parametrize("said", [b"\xc0", SIZE + b"\xa5token\xa2\xff\xff", SIZE + b"\xa4more" + b"\x91" * 20_000])
+async def test_what_makes_no_sense_of_a_blob_is_no_fault_of_the_proxy(tmp_path: Path, said: bytes) -> None:
+    async with superpeer(said=said) as (url, _), proxied(tmp_path, "127.0.0.1:9", superpeers=(url,)) as proxy:
+        response, body = await proxy.get(BLOB)
+        assert response.status in (502, 503), body
+        assert b"a fault of ours" not in body
+
+
+@pytest.mark.parametrize("stale", ["²", "9" * 400, "-1", "soon"])
+async def test_an_age_that_is_no_number_is_left_out(tmp_path: Path, stale: str) -> None:
+    async with superpeer(stale=stale) as (url, _), proxied(tmp_path, "127.0.0.1:9", superpeers=(url,)) as proxy:
+        response, _ = await proxy.get("/v2/team/app/tags/list")
+        assert (response.status, "Warning" in response.headers) == (200, False)

@@ -18,8 +18,7 @@ from dadi.blobs.source import Urgency
 from dadi.errors import NotFound
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
-from dadi.originals.client import SMALL, OriginalAnswer
-from dadi.originals.waiting import HEAD
+from dadi.originals.messages import HEAD, SMALL, OriginalAnswer
 from dadi.peers import token as tokens
 from dadi.peers.shown import HEADER
 from dadi.tls import Tls, TlsConfig

@@ -16,13 +16,14 @@ import aiohttp
 import pytest
 
 from dadi import digest as digests
-from dadi.blobs import serving
+from dadi.blobs import answering
 from dadi.oci import media_types
 from dadi.oci.config import RegistryConfig
 from dadi.oci.reference import Reference
 from dadi.oci.registry import RegistryClient
 from tests.fakes.registry import FakeRegistry, Fault, cut, redirect, status
 from tests.lab.proxies import ACCEPT, RunningProxy, proxied
+from tests.lab.waiting import until
 
 LAYER = Random(1).randbytes(3 << 20)
 DIGEST = digests.of(LAYER)
@@ -133,8 +134,7 @@ async def test_a_client_that_goes_away_does_not_stop_the_others(registry: FakeRe
     registry.script("/blobs/", Fault(gate=gate), method="GET")
     impatient = asyncio.create_task(proxy.get(BLOB))
     patient = asyncio.create_task(proxy.get(BLOB))
-    while not registry.asked("/blobs/", "GET"):
-        await asyncio.sleep(0.005)
+    await until(lambda: registry.asked("/blobs/", "GET"))
     impatient.cancel()
     await asyncio.gather(impatient, return_exceptions=True)
     gate.set()
@@ -154,8 +154,7 @@ async def test_a_range_of_a_blob_that_is_still_arriving(
     registry.script("/blobs/", Fault(gate=gate), method="GET")
     whole = asyncio.create_task(proxy.get(BLOB))
     ranged = asyncio.create_task(proxy.get(BLOB, headers={"Range": header}))
-    while not registry.asked("/blobs/", "GET"):
-        await asyncio.sleep(0.005)
+    await until(lambda: registry.asked("/blobs/", "GET"))
     gate.set()
     response, body = await ranged
     assert (response.status, body) == (206, LAYER[part])
@@ -503,8 +502,8 @@ async def test_an_answer_that_fails_in_the_middle_is_cut_off_and_nothing_is_take
     async def broken(*arguments: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(serving, "send_file", broken)
+    monkeypatch.setattr(answering, "send_file", broken)
     with pytest.raises(aiohttp.ClientError):
-        await proxy.get(BLOB, headers={"Range": f"bytes=0-{serving.FIRST_PART + 39}"})
+        await proxy.get(BLOB, headers={"Range": f"bytes=0-{answering.FIRST_PART + 39}"})
     monkeypatch.undo()
     assert (await proxy.get(BLOB))[1] == LAYER

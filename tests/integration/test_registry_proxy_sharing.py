@@ -287,7 +287,7 @@ async def test_what_was_remembered_of_blobs_does_not_grow_for_ever(tmp_path: Pat
             assert (await proxy.get(f"/v2/team/many/blobs/{digests.of(layer)}"))[1] == layer
         originals = proxy.proxy.upstream.originals
         await until(lambda: not originals.intake.busy)
-        assert len(originals._came) <= 3
+        assert len(originals.proven._came) <= 3
         assert originals._proving == {}
         assert (await proxy.get(f"/v2/team/many/blobs/{digests.of(layers[0])}"))[1] == layers[0]
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from dadi.blobs import answering
+from dadi.blobs import sending
+from dadi.blobs.answering import Answer
 from dadi.errors import DadiError
 
 DATA = random.Random(1).randbytes(9 << 20)
@@ -29,15 +30,21 @@ def file(tmp_path: Path) -> Path:
 
 
 @contextlib.asynccontextmanager
-async def serving(file: Path, ended: asyncio.Queue[str], said: int = SIZE) -> AsyncIterator[int]:
+async def serving(
+    file: Path, ended: asyncio.Queue[str], said: int = SIZE, *, answered: bool = False
+) -> AsyncIterator[int]:
     """Serve a file as one that has `said` bytes; yields the port. `ended` gets how each answer ended."""
     fd = await asyncio.to_thread(os.open, file, os.O_RDONLY)
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Length": str(said)})
+        headers = {"Content-Length": str(said)}
+        response = Answer(request, 200, headers) if answered else web.StreamResponse(headers=headers)
         await response.prepare(request)
         try:
-            await answering.send_file(request, fd, 0, said)
+            if isinstance(response, Answer):
+                await response.file(fd, 0, said)
+            else:
+                await sending.send_file(request, fd, 0, said)
             ended.put_nowait("")
         except (ConnectionResetError, DadiError) as error:
             ended.put_nowait(f"{type(error).__name__}: {error}")
@@ -71,7 +78,7 @@ async def test_slow_readers_get_all_of_it_also_where_pages_are_cold(
 ) -> None:
     if cold:
         turns = itertools.cycle([True, False, False])
-        monkeypatch.setattr(answering, "_in_page_cache", lambda *_: next(turns))
+        monkeypatch.setattr(sending, "_in_page_cache", lambda *_: next(turns))
     ended: asyncio.Queue[str] = asyncio.Queue()
 
     async def read(port: int) -> bytes:
@@ -102,6 +109,21 @@ async def test_a_reader_that_goes_in_the_middle_ends_it(file: Path) -> None:
         await reader.readexactly(100_000)
         writer.transport.abort()
         assert await ended.get()
+
+
+async def test_a_reader_of_whom_the_socket_says_first_that_he_has_gone_has_gone(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> int:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    monkeypatch.setattr(os, "writev", gone)
+    ended: asyncio.Queue[str] = asyncio.Queue()
+    async with serving(file, ended, answered=True) as port, asyncio.timeout(10):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await ended.get()).startswith("ConnectionResetError: the reader has gone")
+        writer.close()
 
 
 async def test_a_file_that_is_shorter_than_it_should_be_cuts_the_answer_off(file: Path) -> None:
@@ -142,8 +164,8 @@ async def test_who_takes_a_little_each_time_is_not_given_up_and_who_takes_nothin
         looks.put_nowait(1)
         return next(numbers) if slowly else 7
 
-    monkeypatch.setattr(answering, "STALLED", 0.001)
-    monkeypatch.setattr(answering, "_taken", taken)
+    monkeypatch.setattr(sending, "STALLED", 0.001)
+    monkeypatch.setattr(sending, "_taken", taken)
     ended: asyncio.Queue[str] = asyncio.Queue()
     async with serving(file, ended) as port, asyncio.timeout(10):
         reader, writer = await ask(port)
@@ -161,11 +183,11 @@ async def test_what_a_reader_has_taken_is_what_its_kernel_has_acknowledged(file:
     ended: asyncio.Queue[str] = asyncio.Queue()
     async with serving(file, ended) as port, asyncio.timeout(10):
         _, writer = await ask(port)
-        before = answering._taken(writer.transport)
+        before = sending._taken(writer.transport)
         writer.write(b"GET /")
-        while answering._taken(writer.transport) < before + 5:
+        while sending._taken(writer.transport) < before + 5:
             await asyncio.sleep(0.01)
-        assert answering._taken(writer.transport) == before + 5
+        assert sending._taken(writer.transport) == before + 5
         writer.transport.abort()
         await ended.get()
 
@@ -174,8 +196,8 @@ async def test_a_disk_that_fails_is_told_as_our_own_fault(file: Path, monkeypatc
     def fails(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(answering, "_in_page_cache", lambda *_: False)
-    monkeypatch.setattr(answering, "_read_ahead", fails)
+    monkeypatch.setattr(sending, "_in_page_cache", lambda *_: False)
+    monkeypatch.setattr(sending, "_read_ahead", fails)
     ended: asyncio.Queue[str] = asyncio.Queue()
     async with serving(file, ended) as port, asyncio.timeout(10):
         _, writer = await ask(port)
@@ -192,5 +214,5 @@ def test_a_hole_in_the_page_cache_is_found_though_both_ends_are_there(
         return 1
 
     monkeypatch.setattr(os, "preadv", preadv)
-    assert not answering._in_page_cache(-1, 0, 1 << 20)
-    assert answering._in_page_cache(-1, 1 << 20, 1 << 20)
+    assert not sending._in_page_cache(-1, 0, 1 << 20)
+    assert sending._in_page_cache(-1, 1 << 20, 1 << 20)

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 import zstandard
 
-from dadi.blobs import answering, serving
+from dadi.blobs import answering
 from dadi.blobs.serving import Compressor
 from dadi.errors import NotFound
 from dadi.index.chunks import blob_of
@@ -155,7 +155,7 @@ async def test_an_answer_that_fails_in_the_middle_is_cut_off_and_nothing_is_take
         index = await run.index(f"{registry.host}/team/app:1")
         url = f"{run.url}/v1/blobs/{index.layers[0].diff_id}"
         # so few bytes are left that the head of another answer would fill them
-        async with session.get(url, headers={"Range": f"bytes=0-{serving.FIRST_PART + 39}"}) as response:
+        async with session.get(url, headers={"Range": f"bytes=0-{answering.FIRST_PART + 39}"}) as response:
             assert response.status == 206
             with pytest.raises(aiohttp.ClientError):
                 await response.read()

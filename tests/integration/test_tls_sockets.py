@@ -21,7 +21,7 @@ import pytest
 from aiohttp import web
 
 from dadi import http
-from dadi.blobs import answering
+from dadi.blobs import sending
 from dadi.errors import ConfigError, DadiError, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.index import image as image_index
@@ -261,7 +261,7 @@ async def test_ranges_under_tls_are_the_bytes(
     layer = tar_of(a=content(3_000_000), b=b"b" * 10)
     config = section(authority, "superpeer")
     cached = 0
-    really = answering.cached
+    really = sending.cached
 
     def sometimes(fd: int, offset: int, length: int) -> memoryview | None:
         # What is not in the page cache is read in a thread; what is there in part is sent in parts.
@@ -269,7 +269,7 @@ async def test_ranges_under_tls_are_the_bytes(
         cached += 1
         return [really(fd, offset, length), None, really(fd, offset, max(1, length // 3))][cached % 3]
 
-    monkeypatch.setattr(answering, "cached", sometimes)
+    monkeypatch.setattr(sending, "cached", sometimes)
     async with FakeRegistry() as registry:
         registry.add_image("team/app", "1", [layer])
         async with (
@@ -294,7 +294,7 @@ async def test_ranges_under_tls_are_the_bytes(
 async def test_a_reader_that_does_not_read_is_given_up_under_tls(
     tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answering, "STALLED", 0.2)
+    monkeypatch.setattr(sending, "STALLED", 0.2)
     layer, config = tar_of(a=os.urandom(20 << 20)), section(authority, "superpeer")
     async with FakeRegistry() as registry:
         registry.add_image("team/app", "1", [layer])

@@ -17,7 +17,6 @@ import aiohttp
 import pytest
 
 from dadi.blobs.chain import Chain
-from dadi.blobs.memory import MemoryBlobs
 from dadi.errors import AccessDenied, DadiError, InvalidRequest, TokenRefused, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.index import image as image_index
@@ -34,8 +33,9 @@ from dadi.prefetch import trace, trace_json
 from dadi.prefetch.client import TraceClient
 from dadi.prefetch.trace import Chunk, Message, Recording, Report, Trace
 from superpeer.config import TracesConfig
+from tests.fakes.memory_blobs import MemoryBlobs
 from tests.fakes.registry import FakeRegistry
-from tests.integration.test_siblings import free_ports
+from tests.lab.network import free_ports
 from tests.lab.services import CHUNK, PLATFORM, Running, running, tar_of
 
 QUIET = 60.0

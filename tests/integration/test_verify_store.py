@@ -30,7 +30,9 @@ from dadi.node.state_files import check
 from dadi.snapshotter.db import open_database
 from dadi.snapshotter.model import Kind
 from registry_proxy import main as proxy_main
+from registry_proxy.config import ProxyConfig
 from superpeer import main as superpeer_main
+from superpeer.config import SuperpeerConfig
 from tests.contracts.store import C, content, parts_of, take_in
 
 DATA = content(8 * C + 77)
@@ -220,9 +222,9 @@ def test_a_state_that_is_too_new_is_refused_before_anything_of_it_is_thrown_away
     done = CliRunner().invoke(cli, ["verify", "--state", str(state)])
     assert "has version 9, for version 8 or newer" in str(done.exception)
     with pytest.raises(Unsupported, match="nothing was changed"):
-        superpeer_main._open(state, 0)
+        asyncio.run(superpeer_main.serve(SuperpeerConfig(state=str(state)), asyncio.Event()))
     with pytest.raises(Unsupported, match="nothing was changed"):
-        proxy_main._open(state, 0)
+        asyncio.run(proxy_main.serve(ProxyConfig(state=str(state)), asyncio.Event()))
     with pytest.raises(Unsupported, match="nothing was changed"):
         asyncio.run(Node.start(NodeConfig(state=str(state), run=str(tmp_path / "run"))))
     assert table.exists()

@@ -27,7 +27,7 @@ from dadi.node import verifying
 from dadi.node.devices import BlobDevice, Devices, DeviceState
 from dadi.node.state_files import check
 from dadi.node.verifying import Verifying
-from dadi.peers.server import _packed_if_right
+from dadi.peers.packing import _packed_if_right
 from tests.contracts.store import C, content, parts_of, take_in
 from tests.integration.test_verify_store import BLOB, DATA, flip, found, store
 
@@ -140,12 +140,12 @@ async def test_claims_of_an_unclean_stop_that_are_wrong_are_told_at_the_pace(tmp
 
 async def test_a_look_is_no_use_for_what_is_evicted_first(store: DiskBlobs) -> None:
     ticks = iter(range(100, 1000))
-    store._clock = lambda: float(next(ticks))
+    store._space.clock = lambda: float(next(ticks))
     for seed in range(3):
         await take_in(store, content(3 * C, seed=seed))
-    before = {digest: stored.used_at for digest, stored in store._blobs.items()}
+    before = {digest: stored.used_at for digest, stored in store._space.blobs.items()}
     assert [checked.why for checked in await found(store)] == ["", "", ""]
-    assert {digest: stored.used_at for digest, stored in store._blobs.items()} == before
+    assert {digest: stored.used_at for digest, stored in store._space.blobs.items()} == before
 
 
 class Loop:
@@ -212,7 +212,7 @@ async def test_a_device_that_is_demoted_and_healed_again_and_again_leaks_nothing
             assert (device.state, device.error, files_left) == (DeviceState.LOCAL, None, set())
             if round == 0:
                 held = len(os.listdir("/proc/self/fd"))
-        assert (len(os.listdir("/proc/self/fd")), store._blobs[BLOB.digest].holds) == (held, 1)
+        assert (len(os.listdir("/proc/self/fd")), store._space.blobs[BLOB.digest].holds) == (held, 1)
 
 
 async def test_a_device_by_another_chunk_table_is_demoted_by_the_store_s(store: DiskBlobs) -> None:

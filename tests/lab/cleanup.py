@@ -1,6 +1,7 @@
 """A lab: one directory and one token; everything that is started under them can be found and removed by looking.
 
-What lives here: `Lab`, `sweep`, `leak_check`, `signals_as_exceptions`. What never does: what a lab is used for.
+What lives here: `Lab`, `sweep`, `leak_check`, `clean_lab`, `signals_as_exceptions`. What never does: what a lab is used
+for.
 
 Clean-up keeps no books, because an interrupt may come between an act and its entry in the book. It looks instead:
 
@@ -33,6 +34,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
+
+from tests.lab import bytecode
 
 PREFIX = "dadi-lab-"
 ENVIRONMENT = "DADI_LAB"
@@ -72,7 +75,8 @@ class Lab:
     @property
     def environment(self) -> dict[str, str]:
         """The environment for everything that is started in this lab: ours and the mark that finds it again."""
-        return {**os.environ, ENVIRONMENT: self.token, "DADI_LAB_ROOT": str(self.root)}
+        mark = {ENVIRONMENT: self.token, "DADI_LAB_ROOT": str(self.root)}
+        return {**os.environ, **bytecode.environment(), **mark}
 
     def __enter__(self) -> Lab:
         if self.base is not None:
@@ -160,6 +164,23 @@ def leak_check(*roots: Path, patience: float = 5.0) -> Iterator[Leaks]:
     while (found := _snapshot(roots).differences(before)) and time.monotonic() < deadline:
         time.sleep(0.05)
     leaks.found = found
+
+
+@contextlib.contextmanager
+def clean_lab(purpose: str) -> Iterator[Lab]:
+    """A lab in a directory of its own, of a short path (that of a unix socket has 107 bytes at most).
+
+    Raises AssertionError if anything of it is left after its end.
+    """
+    base = Path(tempfile.mkdtemp(prefix="d")).resolve()
+    try:
+        with leak_check(base) as leaks, Lab(purpose, base) as lab:
+            yield lab
+        if leaks:
+            raise AssertionError(f"left behind: {'; '.join(leaks.found)}")
+    finally:
+        with contextlib.suppress(OSError):  # what is left is not to be deleted through a mount
+            base.rmdir()
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """Directory trees as values that can be compared: what stat(2), readlink(2), xattrs and the content say.
 
-What lives here: `Facts` of one path, `snapshot_of` a directory, `differences` between two snapshots. What never does:
-how the trees came about. The device and inode numbers, sizes of directories, numbers of blocks, atime and ctime are
-left out: they belong to the file system, not to the tree.
+What lives here: `Facts` of one path, `snapshot_of` a directory, `differences` between two snapshots, and `unpacked`,
+the ordinary unpack that ours are compared with. What never does: how other trees came about. The device and inode
+numbers, sizes of directories, numbers of blocks, atime and ctime are left out: they belong to the file system, not to
+the tree.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import subprocess
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+from tests.lab.oci_layout import Image
 
 PIECE = 64 << 10
 
@@ -134,3 +138,13 @@ def _pieces(path: bytes, size: int) -> Iterable[tuple[int, bytes]]:
             at += PIECE
     finally:
         os.close(file)
+
+
+def unpacked(image: Image, bundle: Path) -> Path:
+    """Unpack an image by umoci, which knows no zstd, into a new directory; return its root directory.
+
+    Raises subprocess.CalledProcessError.
+    """
+    subprocess.run(["umoci", "unpack", "--image", f"{image.layout}:{image.tag}", bundle], check=True,
+                   capture_output=True)  # fmt: skip
+    return bundle / "rootfs"

@@ -6,6 +6,7 @@ own containerd, its socket, or its state.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import time
@@ -16,7 +17,7 @@ from types import TracebackType
 
 from tests.lab.cleanup import Lab
 from tests.lab.network import Host
-from tests.lab.processes import LabFailed, Process
+from tests.lab.processes import LabFailed, Process, dadi
 
 _TIDY = """[plugins."io.containerd.gc.v1.scheduler"]
 startup_delay = "10ms"
@@ -126,18 +127,31 @@ class Containerd(Process):
         self.ctr("images", "pull", "--plain-http", "--snapshotter", snapshotter, reference)
         return Pull(time.monotonic() - start, (self.host.traffic() - before).received)
 
-    def run(self, reference: str, name: str, command: Sequence[str], snapshotter: str = "overlayfs") -> str:
+    def pull_lazily(self, reference: str, host: Host | None = None) -> None:
+        """`dadi pull`, on the host of the node that is this containerd's snapshotter (default: ours)."""
+        dadi(self._lab, "pull", reference, "--plain-http", "--containerd-address", str(self.socket), "--json",
+             host=host or self.host)  # fmt: skip
+
+    def run(self, reference: str, name: str, command: Sequence[str], snapshotter: str = "overlayfs", *,
+            namespace: str = "") -> str:  # fmt: skip
         """Run a container by runc until it ends; return what it printed."""
-        return self.ctr(*self._run(reference, name, command, snapshotter)).stdout
+        return self.ctr(*_in(namespace), *self._run(reference, name, command, snapshotter, "--rm")).stdout
+
+    def start(self, reference: str, name: str, command: Sequence[str], snapshotter: str = "overlayfs", *,
+              namespace: str = "") -> None:  # fmt: skip
+        """Start a container that goes on when this returns."""
+        how = ("--detach", "--null-io")
+        self.ctr(*_in(namespace), *self._run(reference, name, command, snapshotter, *how))
 
     def running(self, reference: str, name: str, command: Sequence[str], snapshotter: str = "overlayfs") -> Running:
         """Return a container that can be started; see `Running`."""
-        return Running([*self._ctr, *self._run(reference, name, command, snapshotter)], self._lab)
+        return Running([*self._ctr, *self._run(reference, name, command, snapshotter, "--rm")], self._lab)
 
-    def _run(self, reference: str, name: str, command: Sequence[str], snapshotter: str) -> list[str]:
+    def _run(self, reference: str, name: str, command: Sequence[str], snapshotter: str, *how: str) -> list[str]:
+        # containers do not inherit our environment, and the lab finds its processes by it
         mark = [f"--env={key}={self._lab.environment[key]}" for key in ("DADI_LAB", "DADI_LAB_ROOT")]
         runc = f"--runc-root={self._lab.root / 'runc'}"
-        return ["run", "--rm", *mark, runc, "--snapshotter", snapshotter, reference, name, *command]
+        return ["run", *how, *mark, runc, "--snapshotter", snapshotter, reference, name, *command]
 
     def mount(self, reference: str, directory: Path, snapshotter: str = "overlayfs") -> None:
         """Mount the unpacked image read-only at `directory`; `unmount` before the lab ends, or let the lab do it."""
@@ -146,3 +160,14 @@ class Containerd(Process):
 
     def unmount(self, directory: Path, snapshotter: str = "overlayfs") -> None:
         self.ctr("images", "unmount", "--rm", "--snapshotter", snapshotter, str(directory))
+
+
+def remove_cgroups(name: str) -> None:
+    """Remove the cgroups that runc has made below `name`, a namespace of containerd: they are outside of the lab."""
+    for cgroup in sorted(Path("/sys/fs/cgroup").glob(f"**/{name}/**"), reverse=True):
+        with contextlib.suppress(OSError):  # a container that a failed test has left is still in it
+            cgroup.rmdir()
+
+
+def _in(namespace: str) -> list[str]:
+    return ["--namespace", namespace] if namespace else []

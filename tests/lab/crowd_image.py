@@ -6,8 +6,6 @@ What lives here: `Material` and how it is made. What never does: who reads it (t
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,8 +14,9 @@ from pathlib import Path
 
 from dadi.index.chunks import DEFAULT_CHUNK_SIZE
 from tests.lab import images
+from tests.lab.cleanup import Lab
 from tests.lab.oci_layout import Image
-from tests.lab.processes import LabFailed
+from tests.lab.processes import dadi
 from tests.lab.reading import Item, tree_digest
 from tests.lab.registry import DockerRegistry
 
@@ -49,19 +48,16 @@ class Material:
         return sum(layer.tar_size for layer in self.image.layers)
 
 
-def material(directory: Path, *, size: int = 24 << 20, files: int = 320, layers: int = 2, startup: float = 0.5,
+def material(lab: Lab, *, size: int = 24 << 20, files: int = 320, layers: int = 2, startup: float = 0.5,
              indexed: bool = True) -> Material:  # fmt: skip
     """Make an image of incompressible files, push it into a registry's storage, and index it there (`dadi index`)."""
-    image = images.synthetic(directory / "layout", layers=layers, files=files // layers, size=size // layers,
+    image = images.synthetic(lab.root / "layout", layers=layers, files=files // layers, size=size // layers,
                              compressible=0, whiteouts=False)  # fmt: skip
-    with DockerRegistry(directory / "registry") as registry:
+    with DockerRegistry(lab.root / "registry", environment=lab.environment) as registry:
         reference = f"{registry.host}/{NAME}"
         image.push(reference)
         if indexed:
-            command = [sys.executable, "-m", "dadi.cli", "index", reference, "--plain-http", "--json"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                raise LabFailed(f"dadi index {reference}: {done.stderr.strip()}")
+            dadi(lab, "index", reference, "--plain-http", "--json")
         data = registry.data
     items, places = _contents(image)
     names = list(places)  # as they lie in the layers

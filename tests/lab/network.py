@@ -102,17 +102,7 @@ class Host:
 
     def get(self, address: str, port: int, path: str, timeout: float = 5.0) -> tuple[int, bytes]:
         """GET http://address:port/path from this host; returns status and body. Raises OSError, HTTPException."""
-
-        def act() -> tuple[int, bytes]:
-            connection = http.client.HTTPConnection(address, port, timeout=timeout)
-            try:
-                connection.request("GET", path)
-                answer = connection.getresponse()
-                return answer.status, answer.read()
-            finally:
-                connection.close()
-
-        return self.inside(act)
+        return self.inside(lambda: get(address, port, path, timeout))
 
     def socket(self) -> socket.socket:
         """Return a new TCP socket that belongs to this host."""
@@ -160,6 +150,29 @@ class Network:
         path.touch(exist_ok=False)
         _run(["unshare", f"--net={path}", "true"])
         return path
+
+
+def get(address: str, port: int, path: str, timeout: float = 5.0) -> tuple[int, bytes]:
+    """GET http://address:port/path from this machine; returns status and body. Raises OSError, HTTPException."""
+    connection = http.client.HTTPConnection(address, port, timeout=timeout)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of loopback that nobody listens on just now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
 
 
 def _enter(namespace: Path) -> list[str]:

@@ -1,8 +1,8 @@
-"""Daemons in a lab: started on a host of its network (or on this machine), waited for until ready, watched, ended.
+"""Programs in a lab: started on a host of its network (or on this machine), waited for until ready, watched, ended.
 
 What lives here: `Process` and, as thin wrappers that write a configuration first, the superpeer, the node and
-Debian's docker-registry. What never does: assertions. Each daemon's output is in ROOT/logs/NAME.log; whatever fails
-here shows its end.
+Debian's docker-registry; and `dadi`, the command line. What never does: assertions. Each daemon's output is in
+ROOT/logs/NAME.log; whatever fails here shows its end.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.lab.cleanup import Lab
-from tests.lab.network import Host
+from tests.lab.network import Host, free_ports, get
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _POLL = 0.01  # seconds
@@ -148,12 +148,15 @@ class Registry(Process):
 
 
 class Superpeer(Process):
-    """`dadi-superpeer` on `host`, allowed to use `registries` by plain HTTP. `options` are added to its TOML's head."""
+    """`dadi-superpeer` on `host`, allowed to use `registries` by plain HTTP. `options` are added to its TOML's head.
+
+    Without a host it is on this machine's loopback, at a free port.
+    """
 
     def __init__(
         self,
         lab: Lab,
-        host: Host,
+        host: Host | None,
         registries: Sequence[str],
         *,
         port: int = 7070,
@@ -163,11 +166,12 @@ class Superpeer(Process):
     ) -> None:
         directory = lab.root / name
         directory.mkdir(exist_ok=True)
-        self.url = f"http://{host.address}:{port}"
-        self._port = port
+        self._address, self._port = (host.address, port) if host else ("127.0.0.1", free_ports(1)[0])
+        listen = f"{self._address}:{self._port}"
+        self.url = f"http://{listen}"
         file = directory / "superpeer.toml"
         file.write_text(
-            f'listen = "{host.address}:{port}"\nstate = "{directory / "state"}"\nlog_json = true\n{options}\n'
+            f'listen = "{listen}"\nstate = "{directory / "state"}"\nlog_json = true\n{options}\n'
             f"[registry]\nallowed = {json.dumps(list(registries))}\nplain_http = {json.dumps(list(registries))}\n"
             f"{sections}\n"
         )
@@ -175,8 +179,7 @@ class Superpeer(Process):
         self.wait_until(lambda: self.get("/healthz")[0] == 200)
 
     def get(self, path: str) -> tuple[int, bytes]:
-        assert self.host is not None
-        return self.host.get(self.host.address, self._port, path)
+        return (self.host.get if self.host else get)(self._address, self._port, path)
 
     def status(self) -> dict[str, Any]:
         """Return GET /v1/status."""
@@ -192,8 +195,8 @@ def _any_port(host: Host | None) -> str:
 class Node(Process):
     """`dadi-node` on `host` (or on this machine), with the superpeers at `superpeers` (none: it embeds one).
 
-    `options` are added to the head of its TOML, `sections` to the end. Its directory, ROOT/NAME, is kept when a node
-    of the same name is started again: that is how to test a restart.
+    `options` are added to the head of its TOML, `sections` to the end; `prefix` goes before its command line. Its
+    directory, ROOT/NAME, is kept when a node of the same name is started again: that is how to test a restart.
     """
 
     def __init__(
@@ -206,34 +209,46 @@ class Node(Process):
         options: str = "",
         sections: str = "",
         environment: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
         self.directory = lab.root / name
         self.directory.mkdir(exist_ok=True)
         self.socket = self.directory / "run" / "node.sock"
         self.state = self.directory / "state"
-        self._environment = lab.environment
+        self._lab = lab
         file = self.directory / "node.toml"
         file.write_text(
             f'state = "{self.state}"\nrun = "{self.socket.parent}"\nsuperpeers = {json.dumps(list(superpeers))}\n'
             f"log_json = true\n{options}\n{sections}\n{'' if '[peers]' in sections else _any_port(host)}"
         )
-        command = [sys.executable, "-m", "dadi.node", "--config", str(file)]
+        command = [*prefix, sys.executable, "-m", "dadi.node", "--config", str(file)]
         super().__init__(lab, name, command, host=host, environment=environment)
         self.wait_until(lambda: unix_get(self.socket, "/healthz")[0] == 200)
 
     def dadi(self, *arguments: str, check: bool = True) -> str:
         """Run the command line against this node; returns what it printed. Raises LabFailed if it fails (`check`)."""
-        command = [sys.executable, "-m", "dadi.cli", *arguments]
-        environment = {**self._environment, "PYTHONPATH": str(REPOSITORY), "DADI_NODE_SOCKET": str(self.socket)}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if check and done.returncode != 0:
-            raise LabFailed(f"dadi {' '.join(arguments)}: {done.stderr.strip()}\nlog of {self.name}:\n{self.tail()}")
-        return done.stdout
+        ours = {"DADI_NODE_SOCKET": str(self.socket)}
+        try:
+            return dadi(self._lab, *arguments, check=check, environment=ours).stdout
+        except LabFailed as error:
+            raise LabFailed(f"{error}\nlog of {self.name}:\n{self.tail()}") from None
 
     def status(self) -> dict[str, Any]:
         """Return what `dadi status --json` prints, without starting a process for it."""
         value: dict[str, Any] = json.loads(unix_get(self.socket, "/v1/status")[1])
         return value
+
+
+def dadi(lab: Lab, *arguments: str, host: Host | None = None, check: bool = True,
+         environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """Run the command line to its end, on `host` or on this machine. Raises LabFailed if it fails (`check`)."""
+    command = [*(host.prefix if host else []), sys.executable, "-m", "dadi.cli", *arguments]
+    environment = {**lab.environment, "PYTHONPATH": str(REPOSITORY), **(environment or {})}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment,
+                          stdin=subprocess.DEVNULL)  # fmt: skip
+    if check and done.returncode != 0:
+        raise LabFailed(f"dadi {' '.join(arguments)}: {done.stderr.strip()}")
+    return done
 
 
 def unix_get(path: Path, target: str, timeout: float = 5.0) -> tuple[int, bytes]:

@@ -12,13 +12,14 @@ from typing import Any
 import aiohttp
 
 from dadi import http
+from dadi.blobs.config import StoreConfig
 from dadi.blobs.disk import DiskBlobs
 from dadi.fallbacks import Fallbacks
 from dadi.oci import media_types
 from dadi.oci.config import RegistryConfig
 from dadi.originals.config import OriginalsConfig
 from dadi.tls import TlsConfig
-from registry_proxy.config import FrontConfig, ProxyConfig, StoreConfig
+from registry_proxy.config import FrontConfig, ProxyConfig
 from registry_proxy.proxy import Proxy
 from tests.lab.cleanup import Lab
 from tests.lab.network import Host

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dadi import http
+from dadi.blobs.config import StoreConfig
 from dadi.blobs.disk import DiskBlobs
 from dadi.fallbacks import Fallbacks
 from dadi.index import image as image_index
@@ -19,7 +20,7 @@ from dadi.oci.config import RegistryConfig
 from dadi.peers.access import FindCredentials
 from dadi.peers.superpeer import ImageAnswer, SuperpeerClient, image_answer
 from superpeer import app
-from superpeer.config import IndexingConfig, StoreConfig, SuperpeerConfig
+from superpeer.config import IndexingConfig, SuperpeerConfig
 from superpeer.service import Superpeer
 from superpeer.who_may import WhoMay
 

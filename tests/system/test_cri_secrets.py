@@ -17,11 +17,11 @@ import pytest
 from tests.lab import images
 from tests.lab.cleanup import Lab
 from tests.lab.cri import Cri
+from tests.lab.kubernetes import SERVE, Kubernetes, containerd_of
 from tests.lab.processes import LabFailed, Node
 from tests.lab.registry import HTPASSWD, PASSWORD, USER, DockerRegistry
+from tests.lab.waiting import wait_until
 from tests.system import test_cri
-from tests.system.test_cri import SERVE, Kubernetes
-from tests.system.test_lazy_containers import wait_until
 
 pytestmark = test_cri.pytestmark
 lab = test_cri.lab
@@ -112,7 +112,7 @@ def test_a_pull_secret_makes_a_private_image_lazy_and_shows_nowhere(
         machine.containerd.stop()
         with pytest.raises(LabFailed, match=r"ListImagesRequest: UNAVAILABLE: dadi-node cannot reach containerd at"):
             cri.images()
-        machine.containerd = test_cri.containerd_of(lab, machine)
+        machine.containerd = containerd_of(lab, machine)
         wait_until(lambda: answers(cri))
         with pytest.raises(LabFailed, match="PullImageRequest"):
             cri.pull(machine.reference, pod)

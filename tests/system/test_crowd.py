@@ -41,7 +41,7 @@ def base() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def image(base: Path) -> Iterator[Material]:
     with Lab("image", base) as lab:
-        yield material(lab.root, size=16 << 20)
+        yield material(lab, size=16 << 20)
 
 
 @contextmanager

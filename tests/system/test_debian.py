@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.lab import images
+from tests.lab import compare, images
 from tests.lab.cleanup import Lab
 from tests.lab.compare import Snapshot, differences, snapshot_of
 from tests.lab.processes import Node
@@ -29,11 +28,7 @@ def lab() -> Iterator[Lab]:
 @pytest.fixture(scope="module")
 def unpacked(lab: Lab) -> Snapshot:
     # umoci knows no zstd; the files of both tags are the same.
-    image = images.debian_python(CACHE, zstd=False)
-    bundle = lab.root / "unpacked"
-    subprocess.run(["umoci", "unpack", "--image", f"{image.layout}:{image.tag}", bundle], check=True,
-                   capture_output=True)  # fmt: skip
-    return snapshot_of(bundle / "rootfs")
+    return snapshot_of(compare.unpacked(images.debian_python(CACHE, zstd=False), lab.root / "unpacked"))
 
 
 @pytest.mark.timeout(900)  # the image is built here if neither demo nor bench has done so

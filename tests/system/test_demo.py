@@ -73,7 +73,7 @@ def test_it_tells_the_whole_story_and_clears_away(place: Path) -> None:
         ("mounted:", signal.SIGINT, WHOLE),
         ("4  From then on", signal.SIGHUP, SHORT),
         ("The rest arrives", signal.SIGINT, SHORT),
-        ("dadi-node is dead", signal.SIGTERM, WHOLE),
+        ("dadi-node is dead", signal.SIGTERM, SHORT),
     ],
     ids=lambda value: ("" if value is WHOLE else "short") if isinstance(value, tuple) else None,
 )

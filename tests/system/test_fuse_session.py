@@ -27,6 +27,7 @@ from dadi.node import kernel, loop
 from fuse import connection, device
 from fuse.session import Session
 from tests.fakes.backed_file import Broken, FakeFile
+from tests.lab.waiting import until
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
 
@@ -316,9 +317,7 @@ async def test_a_reader_that_is_interrupted_ends_and_so_does_its_read(mounted: M
         reader.kill()
         reader.wait()
     assert file.cancelled == 1
-    async with asyncio.timeout(20):
-        while not mounted.session.statistics()["interrupted"]:  # counted after the reader was told
-            await asyncio.sleep(0.001)
+    await until(lambda: mounted.session.statistics()["interrupted"])  # counted after the reader was told
     assert mounted.session.statistics()["pending"] == 0
 
 

@@ -22,17 +22,16 @@ from dadi.errors import Unavailable, Unsupported
 from dadi.keeper import client
 from dadi.keeper.client import KeeperProcess
 from dadi.keeper.store import close_all
-from dadi.node import handover, kernel, loop
-from dadi.node import node as node_file
+from dadi.node import fuse_mount, handover, kernel, loop
 from dadi.node.config import BackfillConfig, ReadConfig
 from dadi.node.records import MountRecord
 from fuse.session import Session
 from tests.fakes.registry import FakeRegistry
+from tests.lab.mounting import in_thread, loops_below, mounted, node_of, read
+from tests.lab.restarts import keepers
 from tests.lab.services import CHUNK, running, tar_of
-from tests.system.test_keeper_restarts import keepers, wait_until
-from tests.system.test_node import in_thread, loops_below, mounted, node_of, nothing_stays_mounted, read, target, until
+from tests.lab.waiting import until, wait_until
 
-__all__ = ["nothing_stays_mounted", "target"]
 pytestmark = [pytest.mark.root, pytest.mark.timeout(240)]
 
 FILE = random.Random(0).randbytes(1200 * CHUNK + 77)
@@ -162,10 +161,10 @@ async def test_a_mount_that_a_dying_process_makes_after_we_looked_is_undone_too(
                 held.callback((await in_thread(partial(loop.adopt, name))).close)
             again = await held.enter_async_context(node_of(tmp_path, run.url))
             await in_thread(lambda: wait_until(lambda: not kernel.is_mounted(target)))
-            assert list(again.mounts._unfinished) == [str(target)]
+            assert list(again.mounts.table.unfinished) == [str(target)]
             await in_thread(lambda: kernel.mount_erofs(record.devices[0], target, record.devices[1:]))
             dying = False
-            await until(lambda: not again.mounts._unfinished)
+            await until(lambda: not again.mounts.table.unfinished)
             assert not await in_thread(lambda: kernel.is_mounted(target))
             assert list(file.parent.iterdir()) == []
         assert loops_below(tmp_path) == []
@@ -175,7 +174,7 @@ async def test_what_a_dying_process_may_have_taken_is_asked_for_while_it_is_dyin
     tmp_path: Path, registry: FakeRegistry, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The read that another thread of it waits for may be the one that it took."""
-    monkeypatch.setattr(node_file, "_RESEND_AFTER", 0.1)
+    monkeypatch.setattr(fuse_mount, "_RESEND_AFTER", 0.1)
     resent: list[bool] = []
     dying = True
     real = Session.resend
@@ -223,7 +222,7 @@ async def test_what_a_killed_process_had_half_done_is_undone_or_ended(
         (file.parent / "x.json.1-2.new").write_bytes(b"half")
         user = await in_thread(lambda: os.open(target, os.O_RDONLY | os.O_DIRECTORY)) if stays else -1
         async with node_of(tmp_path, run.url) as again:
-            await until(lambda: not again.mounts._unfinished)
+            await until(lambda: not again.mounts.table.unfinished)
             assert [row["directory"] for row in again.statistics()["mounts"]] == [str(target)] * stays
             assert await in_thread(lambda: kernel.is_mounted(target)) is stays
             assert len(list(file.parent.iterdir())) == stays, "and nothing half-written"

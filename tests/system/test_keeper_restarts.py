@@ -8,33 +8,22 @@ it is killed again and again is a case of the fault suite (tests/faults/nodes.py
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import random
 import signal
-import tempfile
-import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from functools import partial
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from dadi.node import kernel
 from tests.fakes.registry import FakeRegistry
-from tests.lab.cleanup import Lab, leak_check
-from tests.lab.processes import Node
+from tests.lab.cleanup import Lab
+from tests.lab.mounting import begin_to_read, in_thread, loops_below
+from tests.lab.restarts import Machine, Readers, keepers
 from tests.lab.services import CHUNK, running, tar_of
-from tests.system.test_node import (
-    begin_to_read,
-    in_thread,
-    loops_below,
-    nothing_stays_mounted,
-    until,
-)
+from tests.lab.waiting import until, wait_until
 
-__all__ = ["nothing_stays_mounted"]
 pytestmark = [pytest.mark.root, pytest.mark.timeout(240)]
 
 FILE = random.Random(0).randbytes(1200 * CHUNK + 77)
@@ -42,95 +31,10 @@ SHARED = random.Random(99).randbytes(100 * CHUNK)
 
 
 @pytest.fixture
-def lab() -> Iterator[Lab]:
-    base = Path(tempfile.gettempdir()) / f"dk{os.getpid()}"
-    base.mkdir()
-    try:
-        with leak_check(base) as leaks, Lab("k", base) as lab:
-            yield lab
-        assert leaks.found == []
-    finally:
-        with contextlib.suppress(OSError):
-            base.rmdir()
-
-
-@pytest.fixture
 async def registry() -> AsyncIterator[FakeRegistry]:
     async with FakeRegistry() as fake:
         fake.add_image("team/app", "0", [tar_of(shared=SHARED), tar_of(data=FILE)])
         yield fake
-
-
-class Readers:
-    """Threads that read files at random places and compare; `failed` and `wrong` say where."""
-
-    def __init__(self, files: dict[Path, bytes], threads: int) -> None:
-        self.reads, self.longest = 0, 0.0
-        self.failed: list[str] = []
-        self.wrong: list[str] = []
-        self._stop = threading.Event()
-        self._files = list(files.items())
-        self._threads = [threading.Thread(target=self._run, args=(n,), daemon=True) for n in range(threads)]
-
-    async def __aenter__(self) -> Readers:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            await in_thread(partial(thread.join, 60))  # the superpeer is in this process, and may have to answer yet
-        assert not any(thread.is_alive() for thread in self._threads), "a read waits for ever"
-
-    def _run(self, seed: int) -> None:
-        chance = random.Random(seed)
-        while not self._stop.is_set():
-            path, content = chance.choice(self._files)
-            offset, length = chance.randrange(len(content)), chance.choice((10, 5000, 3 * CHUNK))
-            began = time.monotonic()
-            try:
-                fd = os.open(path, os.O_RDONLY)
-                try:
-                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-                    data = os.pread(fd, length, offset)
-                finally:
-                    os.close(fd)
-            except OSError as error:
-                self.failed.append(f"{path} at {offset}: {error}")
-                continue
-            if data != content[offset : offset + length]:
-                self.wrong.append(f"{path} at {offset}")
-            self.reads += 1
-            self.longest = max(self.longest, time.monotonic() - began)
-            time.sleep(0.03)  # the processors are for the node, too
-
-
-class Machine:
-    """A node that can be killed and started again."""
-
-    def __init__(self, lab: Lab, url: str) -> None:
-        self._lab, self._url = lab, url
-        self.node = self._node()
-
-    def _node(self) -> Node:
-        # No options: a restart that harms no read must not need to be asked for.
-        return Node(self._lab, None, [self._url], sections="[backfill]\nenabled = false\n"
-                    "[read]\npatience = 60\n[snapshotter]\nenabled = false\n[peers]\nenabled = false\n")  # fmt: skip
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.node.popen.pid, signal.SIGKILL)
-
-    def start(self) -> None:
-        self.node = self._node()
-
-    def told(self) -> dict[str, int]:
-        """Return how often the log has an event."""
-        counts: dict[str, int] = {}
-        for event in self.node.events():
-            counts[event.get("event", "")] = counts.get(event.get("event", ""), 0) + 1
-        return counts
 
 
 def files_of(directory: Path) -> dict[Path, bytes]:
@@ -205,21 +109,3 @@ async def test_a_process_that_hangs_in_the_kernel_after_it_was_killed_does_not_k
         await in_thread(lambda: wait_until(lambda: machine.node.status()["mounts"] == [] == loops_below(lab.root)))
         assert list((machine.node.state / "mounts").iterdir()) == []
         assert await in_thread(machine.node.stop) == 0
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    """In a thread: what is looked at takes its time."""
-    while not true():
-        time.sleep(0.1)
-
-
-def keepers(root: Path) -> list[int]:
-    """Return the keepers below a directory."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit():
-                command = (entry / "cmdline").read_bytes().split(b"\0")
-                if any(part.endswith(b"keeper/process.py") for part in command):
-                    found += [int(entry.name)] * any(part.startswith(os.fsencode(root)) for part in command)
-    return found

@@ -6,34 +6,25 @@ snapshotter's own semantics (tests/system/test_snapshotter_containerd.py). Nothi
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import signal
-import socket
 import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
-from tests.lab import images
-from tests.lab.cleanup import Lab, leak_check
-from tests.lab.containerd import Containerd
-from tests.lab.processes import LabFailed, Node, Process
+from tests.lab.cleanup import Lab
+from tests.lab.containers import Machine, containerd_lab, containerd_of, registry_with_image
 from tests.lab.registry import DockerRegistry
+from tests.lab.waiting import wait_until
 
 pytestmark = [
     pytest.mark.root,
     pytest.mark.programs("containerd", "ctr", "runc", "docker-registry", "skopeo"),
     pytest.mark.timeout(240),
 ]
-REPOSITORY = Path(__file__).parents[2]
 TIMEOUT = 60
-WAIT = "import time; open('/tmp/f', 'w').write('written'); time.sleep(1000)"
 READ_ALL = """
 import hashlib, os, time
 files = sorted(os.path.join(d, n) for d, _, ns in os.walk(os.path.dirname(os.__file__)) for n in ns
@@ -52,117 +43,17 @@ while True:
         time.sleep(0.002)
     open("/tmp/rounds", "a").write(f"{len(files)} {digest.hexdigest()}\\n")
 """
-NAMESPACE = f"lazy-{os.getpid()}"
-
-
-def containerd_of(lab: Lab, snapshotter: Path) -> Containerd:
-    """Return containerd with the node's socket as the proxy plugin `dadi`."""
-    return Containerd(lab, snapshotter=snapshotter, tidy=True, namespace=NAMESPACE)
-
-
-class Machine:
-    """A registry with one image, a node, and containerd that uses it."""
-
-    def __init__(self, lab: Lab, registry: DockerRegistry, backfill: bool = True) -> None:
-        """Without `backfill` the node has a superpeer, and takes from it only what is read."""
-        self.lab = lab
-        self.registry = registry
-        self.image = images.host_python()
-        self.reference = f"{registry.host}/host/python:latest"
-        self._superpeers = [] if backfill else [self._superpeer()]
-        self.node = self._node()
-        self.containerd = containerd_of(lab, self.node.socket.parent / "snapshotter.sock")
-
-    def _superpeer(self) -> str:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        file = self.lab.root / "superpeer.toml"
-        file.write_text(
-            f'listen = "127.0.0.1:{port}"\nstate = "{self.lab.root / "superpeer"}"\nlog_json = true\n'
-            f'[registry]\nallowed = ["{self.registry.host}"]\nplain_http = ["{self.registry.host}"]\n'
-        )
-        process = Process(self.lab, "superpeer", [sys.executable, "-m", "superpeer", "--config", str(file)])
-
-        def answers() -> bool:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                return True
-            return False
-
-        process.wait_until(answers)
-        return f"http://127.0.0.1:{port}"
-
-    def _node(self) -> Node:
-        host = self.registry.host
-        sections = (
-            f'[registry]\nallowed = ["{host}"]\nplain_http = ["{host}"]\n[snapshotter]\nsweep = 1\nkeep_idle = 0\n'
-            f"[backfill]\nenabled = {str(not self._superpeers).lower()}\nquiet = 0.5\n"
-        )
-        return Node(self.lab, None, self._superpeers, sections=sections)
-
-    def pull(self) -> str:
-        command = [sys.executable, "-m", "dadi.cli", "pull", self.reference, "--namespace", NAMESPACE,
-                   "--containerd-address", str(self.containerd.socket), "--plain-http", "--json"]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT,
-                              env={**self.lab.environment, "PYTHONPATH": str(REPOSITORY)})  # fmt: skip
-        if done.returncode != 0:
-            raise LabFailed(f"dadi pull: {done.stderr}\n{self.node.tail()}\n{self.containerd.tail()}")
-        return done.stdout
-
-    def run(self, name: str, *command: str, program: str = WAIT) -> str:
-        """Run a container; with a command in the foreground, without one it stays there with a Python program."""
-        mark = [f"--env={key}={self.lab.environment[key]}" for key in ("DADI_LAB", "DADI_LAB_ROOT")]
-        how = ["--rm"] if command else ["--detach", "--null-io"]
-        told = command or (self.image.command[0], "-c", program)
-        return self.containerd.ctr("run", *how, *mark, f"--runc-root={self.lab.root / 'runc'}", "--snapshotter", "dadi",
-                                   self.reference, name, *told).stdout  # fmt: skip
-
-    def end(self, name: str) -> None:
-        self.containerd.ctr("task", "rm", "--force", name)
-        self.containerd.ctr("container", "rm", name)
-
-    def mounts(self) -> list[str]:
-        """Return where our EROFS images are mounted, as the kernel says."""
-        lines = Path("/proc/mounts").read_text().splitlines()
-        return [line.split()[1] for line in lines if " erofs " in line and str(self.lab.root) in line]
-
-    def start_node_again(self) -> None:
-        self.node = self._node()
-        wait_until(lambda: self.containerd.ctr("snapshots", "--snapshotter", "dadi", "ls", check=False).returncode == 0)
-
-    def remove_image(self) -> None:
-        self.containerd.ctr("image", "rm", "--sync", self.reference)
-        self.containerd.ctr("leases", "create", "--id", "collect")
-        self.containerd.ctr("leases", "delete", "--sync", "collect")
-
-
-def wait_until(true: Callable[[], bool], seconds: float = TIMEOUT) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > deadline:
-            raise AssertionError("it did not come true in time")
-        time.sleep(0.05)
 
 
 @pytest.fixture
 def lab() -> Iterator[Lab]:
-    base = Path(tempfile.gettempdir()) / f"lc{os.getpid()}"
-    base.mkdir()
-    try:
-        with leak_check(base) as leaks, Lab("s", base) as lab:
-            yield lab
-        assert leaks.found == []
-    finally:
-        base.rmdir()
-        for cgroup in sorted(Path("/sys/fs/cgroup").glob(f"**/{NAMESPACE}/**"), reverse=True):
-            with contextlib.suppress(OSError):
-                cgroup.rmdir()
+    with containerd_lab() as lab:
+        yield lab
 
 
 @pytest.fixture
 def registry(lab: Lab) -> Iterator[DockerRegistry]:
-    with DockerRegistry(lab.root / "registry", environment=lab.environment) as registry:
-        images.host_python().push(f"{registry.host}/host/python:latest")
+    with registry_with_image(lab) as registry:
         yield registry
 
 

@@ -12,28 +12,26 @@ import contextlib
 import errno
 import os
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
+from dadi.blobs.config import StoreConfig
 from dadi.errors import Conflict, DadiError, NotFound, Unavailable
-from dadi.node import kernel, mounts
-from dadi.node.config import BackfillConfig, NodeConfig, PeersConfig, ReadConfig, StoreConfig
+from dadi.node import kernel, restoring
+from dadi.node.config import NodeConfig, ReadConfig
 from dadi.node.node import Node
 from dadi.oci.config import RegistryConfig
 from tests.fakes.registry import FakeRegistry
+from tests.lab.mounting import EAGER, LAZY, begin_to_read, in_thread, loops_below, mounted, node_of, read
 from tests.lab.services import CHUNK, running, tar_of
+from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 
-READERS = ThreadPoolExecutor(16)
-T = TypeVar("T")
-LAZY = BackfillConfig(enabled=False)
-EAGER = BackfillConfig(quiet=0.0)
 BIG = random.Random(1).randbytes(40 * CHUNK + 123)
 LOWER = tar_of(**{"small.txt": b"hello\n", "big.bin": BIG, "gone.txt": b"x"})
 UPPER = tar_of(**{"app.py": b"print('hi')\n" * 1000, ".wh.gone.txt": b""})
@@ -45,70 +43,6 @@ async def registry() -> AsyncIterator[FakeRegistry]:
         fake.add_image("team/app", "1", [LOWER, UPPER])
         fake.add_image("team/other", "1", [LOWER, tar_of(**{"other.txt": b"other"})])
         yield fake
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> Path:
-    directory = tmp_path / "mnt"
-    directory.mkdir()
-    return directory
-
-
-@pytest.fixture(autouse=True)
-def nothing_stays_mounted(tmp_path: Path) -> Any:
-    yield
-    left = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(tmp_path) in line]
-    for directory in reversed(left):
-        kernel.umount(directory, detach=True)
-    assert left == []
-
-
-@contextlib.asynccontextmanager
-async def node_of(directory: Path, *urls: str, **options: Any) -> AsyncIterator[Node]:
-    options.setdefault("backfill", LAZY)
-    options.setdefault("unmount_on_stop", True)
-    options.setdefault("peers", PeersConfig(listen="127.0.0.1:0"))
-    config = NodeConfig(
-        state=str(directory / "node" / "state"), run=str(directory / "node" / "run"), superpeers=tuple(urls), **options
-    )
-    node = await Node.start(config)
-    try:
-        yield node
-    finally:
-        await node.close()
-
-
-async def mounted(node: Node, reference: str, directory: Path) -> dict[str, Any]:
-    """Mount, and return the row of the status."""
-    async with contextlib.aclosing(node.mounts.mount(reference, str(directory), node.platform)) as events:
-        async for event in events:
-            last = event
-    assert last["event"] == "mounted"
-    return last
-
-
-async def in_thread(work: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(READERS, work)
-
-
-async def read(path: Path) -> bytes:
-    return await in_thread(path.read_bytes)
-
-
-async def until(true: Callable[[], bool]) -> None:
-    """Wait for the world outside of this process's control; the suite's time-out is the limit."""
-    while not true():
-        await asyncio.sleep(0.01)
-
-
-def loops_below(directory: Path) -> list[str]:
-    """Return the loop devices whose backing file is below the directory."""
-    found = []
-    for file in Path("/sys/block").glob("loop*/loop/backing_file"):
-        with contextlib.suppress(OSError):
-            if file.read_text().startswith(str(directory)):
-                found.append(file.parts[3])
-    return sorted(found)
 
 
 async def test_an_image_is_mounted_before_its_bytes_are_there(
@@ -401,7 +335,7 @@ async def test_a_local_mount_outlives_a_restart_although_the_superpeer_is_away(
         async with node_of(tmp_path, run.url, backfill=EAGER, unmount_on_stop=False) as node:
             row = await mounted(node, f"{registry.host}/team/app:1", target)
             await until(lambda: node.statistics()["mounts"][0]["state"] == "local")
-            for blob in list(node.store._blobs):
+            for blob in node.store.digests():
                 assert not await node.store.remove(blob), "all of it is held while it is mounted"
     async with node_of(tmp_path, "http://127.0.0.1:1") as again:
         assert again.statistics()["mounts"][0]["state"] == "local"
@@ -412,7 +346,7 @@ async def test_a_local_mount_outlives_a_restart_although_the_superpeer_is_away(
 async def test_what_cannot_be_restored_is_shown_tried_again_and_can_be_dropped(
     tmp_path: Path, registry: FakeRegistry, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mounts, "_RETRY_EVERY", 0.05)
+    monkeypatch.setattr(restoring, "_RETRY_EVERY", 0.05)
     async with running(tmp_path / "superpeer", registry.host) as run:
         async with node_of(tmp_path, run.url, unmount_on_stop=False) as node:
             row = await mounted(node, f"{registry.host}/team/app:1", target)
@@ -476,12 +410,6 @@ async def test_many_unmounts_that_wait_for_readahead_do_not_stop_the_node(
             await asyncio.gather(*unmounts)
         assert node.statistics()["mounts"] == []
         await stack.aclose()
-
-
-def begin_to_read(path: Path) -> None:
-    """Have the kernel read ahead, and go away without waiting for it."""
-    with open(path, "rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 1 << 20, os.POSIX_FADV_WILLNEED)
 
 
 async def test_many_readers_of_a_cold_image_cost_one_copy(

@@ -15,10 +15,9 @@ from dadi.node.config import SnapshotterConfig
 from dadi.node.node import Node
 from dadi.oci.config import RegistryConfig
 from tests.fakes.registry import FakeRegistry
+from tests.lab.mounting import in_thread, loops_below, node_of, read
 from tests.lab.services import running, tar_of
-from tests.system.test_node import in_thread, loops_below, node_of, nothing_stays_mounted, read
 
-__all__ = ["nothing_stays_mounted"]
 pytestmark = pytest.mark.root
 
 BASE = tar_of(**{"a": b"base a", "b": b"base b", "dir/x": b"x"})

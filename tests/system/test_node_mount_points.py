@@ -14,10 +14,10 @@ from dadi.errors import Conflict, NotFound
 from dadi.node import control, kernel
 from dadi.node.records import MountRecord
 from tests.fakes.registry import FakeRegistry
+from tests.lab.mounting import in_thread, loops_below, mounted, node_of, read
 from tests.lab.services import running, tar_of
-from tests.system.test_node import in_thread, loops_below, mounted, node_of, nothing_stays_mounted, read, until
+from tests.lab.waiting import until
 
-__all__ = ["nothing_stays_mounted"]
 pytestmark = pytest.mark.root
 
 
@@ -85,7 +85,7 @@ async def test_an_image_index_that_the_disk_spoilt_is_fetched_again(tmp_path: Pa
     async with running(tmp_path / "superpeer", registry.host) as run:
         async with node_of(tmp_path, run.url) as node:
             row = await mounted(node, f"{registry.host}/team/app:1", directory)
-            answer = next(iter(node.mounts._mounts.values())).record.answer
+            answer = next(iter(node.mounts.table.standing.values())).record.answer
             path = node.store.data_path(node.store.find(answer.index_digest))
         with path.open("r+b") as file:
             file.write(b"spoilt")
@@ -96,20 +96,23 @@ async def test_an_image_index_that_the_disk_spoilt_is_fetched_again(tmp_path: Pa
             assert await read(directory / "a") == b"a"
 
 
+@pytest.mark.parametrize("content", [b"not a database" * 1000, b""], ids=["something else", "cut off to nothing"])
 async def test_a_damaged_snapshot_database_costs_containerd_and_nothing_else(
-    tmp_path: Path, registry: FakeRegistry
+    tmp_path: Path, registry: FakeRegistry, content: bytes
 ) -> None:
-    directory = tmp_path / "mnt"
+    directory, written = tmp_path / "mnt", tmp_path / "node/state/snapshotter/snapshots/1/fs"
     directory.mkdir()
     async with running(tmp_path / "superpeer", registry.host) as run:
         async with node_of(tmp_path, run.url) as node:
             await mounted(node, f"{registry.host}/team/app:1", directory)
-        (tmp_path / "node/state/snapshotter/metadata.db").write_bytes(b"not a database" * 1000)
+        written.mkdir(parents=True)  # by a container that runs
+        (tmp_path / "node/state/snapshotter/metadata.db").write_bytes(content)
         async with node_of(tmp_path, run.url) as node:
             assert await read(directory / "b") == b"b"
             assert node.snapshots is None
             status = node.statistics()
             assert "damaged" in status["snapshotter_error"]
+            assert written.exists()
             assert "snapshotter not started" in {row["kind"] for row in status["fallbacks"]}
 
 

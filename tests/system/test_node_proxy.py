@@ -20,6 +20,7 @@ from dadi.node.proxying import PlainPulls
 from dadi.oci.config import RegistryConfig
 from tests.fakes.registry import FakeRegistry
 from tests.lab.services import running, tar_of
+from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 
@@ -163,9 +164,7 @@ async def test_a_port_that_is_taken_keeps_nobody_from_his_mounts(tmp_path: Path,
         async with proxied(tmp_path, registry, listen=listen) as (node, proxying):
             assert [row["kind"] for row in node.fallbacks.statistics()] == ["not serving plain pulls yet"]
             taken.close()
-            async with asyncio.timeout(10):
-                while not proxying.address:
-                    await asyncio.sleep(0.05)
+            await until(lambda: proxying.address)
             assert await get(proxying, BLOB) == LAYER
 
 

@@ -42,7 +42,7 @@ def base() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def image(base: Path) -> Iterator[Material]:
     with Lab("image", base) as lab:
-        yield material(lab.root, size=SIZE, indexed=False)
+        yield material(lab, size=SIZE, indexed=False)
 
 
 @contextmanager

@@ -8,8 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,11 +16,12 @@ import pytest
 
 from tests.lab import images
 from tests.lab.cleanup import Lab, loops
-from tests.lab.compare import differences, snapshot_of
+from tests.lab.compare import differences, snapshot_of, unpacked
 from tests.lab.network import Network
 from tests.lab.oci_layout import Image
 from tests.lab.processes import LabFailed, Node, Registry, Superpeer
 from tests.lab.starts import program
+from tests.lab.waiting import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.programs("docker-registry", "skopeo", "umoci", "ip")]
 
@@ -80,14 +80,6 @@ def world(image: Image) -> Iterator[Site]:
         yield Site(lab, network, registry, superpeer, reference)
 
 
-def until(true: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Wait for another process; fail after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
-
-
 def state(node: Node) -> str:
     return node.status()["mounts"][0]["state"]
 
@@ -98,11 +90,9 @@ def test_a_real_image_starts_lazily_equals_its_unpack_and_becomes_local(site: Si
     assert f"is mounted at {target}" in said
     with program(image, target) as line:
         assert line == image.facts["first_line"]
-    unpacked = site.lab.root / "unpacked"
-    subprocess.run(["umoci", "unpack", "--image", f"{image.layout}:{image.tag}", unpacked], check=True,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    assert differences(snapshot_of(unpacked / "rootfs"), snapshot_of(target), untimed=(b"",)) == []
-    until(lambda: state(node) == "local")
+    ordinary = unpacked(image, site.lab.root / "unpacked")
+    assert differences(snapshot_of(ordinary), snapshot_of(target), untimed=(b"",)) == []
+    wait_until(lambda: state(node) == "local")
     shown = node.dadi("status", "--devices")
     assert "local" in shown
     assert "100 %" in shown
@@ -251,9 +241,9 @@ def test_a_stop_that_is_to_unmount_leaves_no_mount_and_no_process(site: Site) ->
     node, target = site.node(NEVER, options="unmount_on_stop = true"), site.directory()
     node.dadi("mount", site.reference, str(target))
     node.signal(signal.SIGTERM)
-    until(lambda: not node.alive)
+    wait_until(lambda: not node.alive)
     mounts = Path("/proc/mounts").read_text()
     assert str(target) not in mounts
     assert str(node.directory) not in mounts
     assert [backing for backing in loops().values() if str(node.directory) in backing] == []
-    until(lambda: not (node.socket.parent / "keeper.sock").exists())
+    wait_until(lambda: not (node.socket.parent / "keeper.sock").exists())

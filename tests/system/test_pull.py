@@ -1,7 +1,4 @@
-"""`dadi pull` with Debian's containerd and runc and a real node: pull, run, again, not lazy, given up, collected.
-
-A little longer than 400 lines: the machine that all of it runs on is started once.
-"""
+"""`dadi pull` with Debian's containerd and runc and a real node: pull, run, again, not lazy, given up, collected."""
 
 from __future__ import annotations
 
@@ -13,8 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,12 +23,13 @@ from dadi.oci.reference import Reference
 from dadi.oci.registry import RegistryClient
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.lab import images
-from tests.lab.cleanup import Lab, leak_check
-from tests.lab.containerd import Containerd
+from tests.lab.cleanup import Lab, clean_lab
+from tests.lab.containerd import Containerd, remove_cgroups
 from tests.lab.oci_layout import Image
 from tests.lab.processes import LabFailed, Node
 from tests.lab.registry import DockerRegistry
 from tests.lab.services import tar_of
+from tests.lab.waiting import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.programs("containerd", "ctr", "runc", "docker-registry", "skopeo")]
 
@@ -108,10 +104,7 @@ class Machine:
         return [line.split() for line in self.ctr(*arguments).splitlines()[1:]]
 
     def run(self, reference: str, *command: str) -> str:
-        # containers do not inherit our environment, and the lab finds its processes by it
-        mark = [f"--env={key}={self.lab.environment[key]}" for key in ("DADI_LAB", "DADI_LAB_ROOT")]
-        mark.append(f"--runc-root={self.lab.root / 'runc'}")
-        return self.ctr("run", "--rm", *mark, "--snapshotter", "dadi", reference, "once", *command)
+        return self.containerd.run(reference, "once", command, "dadi", namespace=self.namespace)
 
     def left(self) -> dict[str, Any]:
         """Return what containerd has in this namespace, and what the node has mounted."""
@@ -125,36 +118,25 @@ class Machine:
         return {key: value for key, value in found.items() if value}
 
     def wait_until_nothing_is_left(self) -> None:
-        deadline = time.monotonic() + TIMEOUT
-        while (left := self.left()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert left == {}
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: not self.left())
+        assert self.left() == {}
 
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Machine]:
-    # Unix sockets want short paths, and the leak check a directory that is ours alone.
-    base = Path(tempfile.gettempdir()) / f"dp{os.getpid()}"
-    base.mkdir()
-    try:
-        with leak_check(base) as leaks, Lab("p", base) as lab:
-            machine = Machine(lab)
-            yield machine
-            machine.registry.stop()
-            machine.other.stop()
-        assert leaks.found == []
-    finally:
-        base.rmdir()
+    with clean_lab("p") as lab:
+        machine = Machine(lab)
+        yield machine
+        machine.registry.stop()
+        machine.other.stop()
 
 
 @pytest.fixture
 def machine(shared: Machine) -> Iterator[Machine]:
     shared.new_namespace()
     yield shared
-    # what runc makes outside of the lab's directory
-    for cgroup in sorted(Path("/sys/fs/cgroup").glob(f"**/{shared.namespace}/**"), reverse=True):
-        with contextlib.suppress(OSError):
-            cgroup.rmdir()
+    remove_cgroups(shared.namespace)
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -33,16 +31,16 @@ from tests.contracts.snapshots import (
 )
 from tests.fakes.lazy_images import chain_ids, labels_for
 from tests.lab import images
-from tests.lab.cleanup import Lab, leak_check
-from tests.lab.containerd import Containerd
+from tests.lab.cleanup import Lab, clean_lab
+from tests.lab.containerd import Containerd, remove_cgroups
+from tests.lab.containers import WAIT
 from tests.lab.processes import Process
 from tests.lab.registry import DockerRegistry
+from tests.lab.waiting import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.programs("containerd", "ctr", "runc", "docker-registry", "skopeo")]
 
-REPOSITORY = Path(__file__).parents[2]
 TIMEOUT = 60
-WAIT = "import time; open('/tmp/f', 'w').write('written'); time.sleep(1000)"
 SERVER = """
 import asyncio, signal, sys
 from pathlib import Path
@@ -120,20 +118,11 @@ class Machine:
 
     def run(self, reference: str, name: str, *command: str) -> str:
         """Run a container; with a command, in the foreground; without one it waits."""
-        # containers do not inherit our environment, and the lab finds its processes by it
-        mark = [f"--env={key}={self.lab.environment[key]}" for key in ("DADI_LAB", "DADI_LAB_ROOT")]
-        mark.append(f"--runc-root={self.lab.root / 'runc'}")
-        how = ["--rm"] if command else ["--detach", "--null-io"]
-        return self.ctr(
-            "run",
-            *how,
-            *mark,
-            "--snapshotter",
-            "dadi",
-            reference,
-            name,
-            *(command or (images.host_python().command[0], "-c", WAIT)),
-        )
+        if command:
+            return self.containerd.run(reference, name, command, "dadi", namespace=self.namespace)
+        waiting = (images.host_python().command[0], "-c", WAIT)
+        self.containerd.start(reference, name, waiting, "dadi", namespace=self.namespace)
+        return ""
 
     def start_ours_again(self) -> None:
         """Start ours anew, and wait until containerd has noticed: it dials again every 1 to 3 seconds."""
@@ -158,23 +147,15 @@ class Machine:
         # Deleting a lease is how one asks for it: a removal while a collection runs does not always start the next one.
         self.ctr("leases", "create", "--id", "collect")
         self.ctr("leases", "delete", "--sync", "collect")
-        deadline = time.monotonic() + TIMEOUT
-        while (left := self.left()) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert left == []
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: not self.left())
+        assert self.left() == []
 
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
-    # Unix sockets want short paths, and the leak check a directory that is ours alone.
-    base = Path(tempfile.gettempdir()) / f"ds{os.getpid()}"
-    base.mkdir()
-    try:
-        with leak_check(base) as leaks, Lab("s", base) as lab:
-            yield lab
-        assert leaks.found == []
-    finally:
-        base.rmdir()
+    with clean_lab("s") as lab:
+        yield lab
 
 
 @pytest.fixture(scope="module")
@@ -187,10 +168,7 @@ def machine(shared: Machine) -> Iterator[Machine]:
     shared.new_namespace()
     namespace = shared.namespace
     yield shared
-    # what runc makes outside of the lab's directory
-    for cgroup in sorted(Path("/sys/fs/cgroup").glob(f"**/{namespace}/**"), reverse=True):
-        with contextlib.suppress(OSError):  # a container that a failed test has left is still in it
-            cgroup.rmdir()
+    remove_cgroups(namespace)
     assert not list(Path("/run/containerd").glob(f"*/{namespace}"))
 
 

@@ -6,20 +6,20 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from dadi.errors import InvalidRequest
-from dadi.node import kernel, traces
+from dadi.node import traces
 from dadi.node.config import TraceConfig
 from dadi.node.node import Node
 from dadi.oci.config import RegistryConfig
 from dadi.prefetch import trace
 from dadi.prefetch.trace import Trace
 from tests.fakes.registry import FakeRegistry
+from tests.lab.mounting import mounted, node_of, read
 from tests.lab.services import CHUNK, running, tar_of
-from tests.system.test_node import mounted, node_of, read, until
+from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 
@@ -34,15 +34,6 @@ async def registry() -> AsyncIterator[FakeRegistry]:
         halves = (dict(list(FILES.items())[at : at + 4]) for at in (0, 4))
         fake.add_image("team/app", "1", [tar_of(**half) for half in halves])
         yield fake
-
-
-@pytest.fixture(autouse=True)
-def nothing_stays_mounted(tmp_path: Path) -> Any:
-    yield
-    left = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(tmp_path) in line]
-    for directory in reversed(left):
-        kernel.umount(directory, detach=True)
-    assert left == []
 
 
 def target(directory: Path, name: str) -> Path:

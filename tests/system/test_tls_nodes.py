@@ -6,8 +6,6 @@ import http.client
 import json
 import ssl
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from tests.lab.cleanup import Lab
 from tests.lab.compare import differences, snapshot_of
 from tests.lab.network import Host, Network
 from tests.lab.processes import Node, Process, Registry
+from tests.lab.waiting import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.programs("docker-registry", "skopeo", "ip")]
 
@@ -26,13 +25,6 @@ def section(authority: Authority, host: Host) -> str:
     certificate, key = authority.issue(host.name, [host.address])
     files = {"certificate": certificate, "key": key, "ca": authority.file, "client_ca": authority.file}
     return "[tls]\n" + "".join(f"{name} = {json.dumps(path)}\n" for name, path in files.items())
-
-
-def until(true: Callable[[], bool], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def status_over_tls(host: Host, address: str, port: int, path: str, context: ssl.SSLContext) -> int:
@@ -74,7 +66,7 @@ def test_nodes_read_from_each_other_under_mutual_tls_and_nobody_else_is_let_in(t
             directories.append(lab.root / f"{name}-mnt")
             directories[-1].mkdir()
             node.dadi("mount", reference, str(directories[-1]))
-            until(lambda node=node: node.status()["mounts"][0]["state"] == "local")
+            wait_until(lambda node=node: node.status()["mounts"][0]["state"] == "local")
             nodes.append(node)
         first, second = nodes
         assert differences(snapshot_of(directories[0]), snapshot_of(directories[1])) == []

@@ -107,7 +107,7 @@ def base() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def image(base: Path) -> Iterator[Material]:
     with Lab("image", base) as lab:
-        yield material(lab.root, size=8 << 20, files=160)
+        yield material(lab, size=8 << 20, files=160)
 
 
 def test_what_was_warmed_and_verified_starts_everywhere_without_its_registry(base: Path, image: Material) -> None:

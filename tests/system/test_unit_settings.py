@@ -6,7 +6,6 @@ import asyncio
 import random
 import shutil
 import socket
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,10 @@ import pytest
 from dadi.units.texts import CAPABILITIES
 from tests.fakes.registry import FakeRegistry
 from tests.lab.cleanup import Lab
-from tests.lab.processes import Node, Process, unix_get
+from tests.lab.mounting import in_thread, read
+from tests.lab.processes import Node
 from tests.lab.services import CHUNK, running, tar_of
-from tests.system.test_keeper_restarts import lab
-from tests.system.test_node import in_thread, nothing_stays_mounted, read
 
-__all__ = ["lab", "nothing_stays_mounted"]
 pytestmark = [
     pytest.mark.root, pytest.mark.timeout(120),
     pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is missing (Debian's util-linux)"),
@@ -30,7 +27,7 @@ DATA = random.Random(1).randbytes(20 * CHUNK)
 async def test_the_node_needs_no_more_privileges_than_its_unit_leaves_it_and_tells_how_it_does(lab: Lab) -> None:
     mounted = lab.root / "mnt"
     mounted.mkdir()
-    # The configuration and the socket's place are those of the lab's node; the process is one that the unit would make.
+    # The lab's node, but for its process, which is one that the unit would make.
     heard = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     heard.bind(str(lab.root / "notify"))
     heard.settimeout(20)
@@ -38,22 +35,9 @@ async def test_the_node_needs_no_more_privileges_than_its_unit_leaves_it_and_tel
     async with FakeRegistry() as registry, running(lab.root / "superpeer", registry.host) as run:
         registry.add_image("team/app", "1", [tar_of(data=DATA)])
 
-        class Bounded(Node):
-            def __init__(self) -> None:
-                self.directory = lab.root / "node"
-                self.directory.mkdir()
-                self.socket = self.directory / "run" / "node.sock"
-                self._environment = lab.environment
-                config = self.directory / "node.toml"
-                config.write_text(f'state = "{self.directory}/state"\nrun = "{self.directory}/run"\n'
-                                  f'superpeers = ["{run.url}"]\n[peers]\nlisten = "127.0.0.1:0"\n')  # fmt: skip
-                command = ["setpriv", "--no-new-privs", "--bounding-set", dropped, "--inh-caps", "-all",
-                           sys.executable, "-m", "dadi.node", "--config", str(config)]  # fmt: skip
-                told = {"NOTIFY_SOCKET": str(lab.root / "notify"), "WATCHDOG_USEC": "300000"}
-                Process.__init__(self, lab, "node", command, environment=told)
-                self.wait_until(lambda: unix_get(self.socket, "/healthz")[0] == 200)
-
-        node = await in_thread(Bounded)
+        prefix = ["setpriv", "--no-new-privs", "--bounding-set", dropped, "--inh-caps", "-all"]
+        told = {"NOTIFY_SOCKET": str(lab.root / "notify"), "WATCHDOG_USEC": "300000"}
+        node = await in_thread(lambda: Node(lab, None, [run.url], prefix=prefix, environment=told))
         status = Path(f"/proc/{node.popen.pid}/status").read_text()
         assert "NoNewPrivs:\t1" in status
         await in_thread(lambda: node.dadi("mount", f"{registry.host}/team/app:1", str(mounted)))

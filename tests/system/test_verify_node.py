@@ -19,10 +19,10 @@ from dadi.node import control
 from dadi.node.node import Node
 from dadi.peers.superpeer import image_answer
 from tests.fakes.registry import FakeRegistry
+from tests.lab.mounting import EAGER, LAZY, in_thread, mounted, node_of, read
 from tests.lab.services import CHUNK, running, tar_of
-from tests.system.test_node import EAGER, LAZY, in_thread, mounted, node_of, nothing_stays_mounted, read, target, until
+from tests.lab.waiting import until
 
-__all__ = ["nothing_stays_mounted", "target"]
 pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
 
 DATA = random.Random(1).randbytes(60 * CHUNK + 77)

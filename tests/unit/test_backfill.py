@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from dadi.blobs.chain import Chain
-from dadi.blobs.memory import MemoryBlobs
 from dadi.blobs.source import Urgency
 from dadi.errors import Unavailable
 from dadi.fallbacks import Fallbacks
@@ -19,6 +18,7 @@ from dadi.node.config import BackfillConfig
 from dadi.node.demand import Demand
 from dadi.node.devices import DeviceState
 from tests.contracts.store import content
+from tests.fakes.memory_blobs import MemoryBlobs
 from tests.fakes.sources import ScriptedSource
 
 CHUNK = 256 << 10

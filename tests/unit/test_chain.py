@@ -9,7 +9,6 @@ import pytest
 from dadi.blobs.chain import Chain
 from dadi.blobs.first_of import FirstOf
 from dadi.blobs.kept import Kept
-from dadi.blobs.memory import MemoryBlobs
 from dadi.blobs.patient import Patient
 from dadi.blobs.single_flight import SingleFlight, runs
 from dadi.blobs.source import Urgency
@@ -18,6 +17,7 @@ from dadi.errors import AccessDenied, DigestMismatch, InvalidRequest, NotFound, 
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob, blob_of
 from tests.contracts.store import C, content, parts_of
+from tests.fakes.memory_blobs import MemoryBlobs
 from tests.fakes.sources import ScriptedSource
 
 DATA = content(8 * C + 5)

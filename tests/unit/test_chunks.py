@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from dadi import digest as digests
 from dadi.errors import DigestMismatch, Malformed
-from dadi.index.chunks import DEFAULT_CHUNK_SIZE, MAX_CHUNK_SIZE, MIN_CHUNK_SIZE, Blob, ChunkTable, blob_of, table_of
+from dadi.index.chunks import (
+    DEFAULT_CHUNK_SIZE,
+    MAX_CHUNK_SIZE,
+    MIN_CHUNK_SIZE,
+    Blob,
+    ChunkHashes,
+    ChunkTable,
+    blob_of,
+    table_of,
+)
 
 SIZES = st.sampled_from([0, 1, 4095, 4096, 4097, 8192, 50_000])
 
@@ -50,14 +59,20 @@ def test_a_table_verifies_its_own_bytes_and_no_others(data: bytes) -> None:
     assert blob.digest == "sha256:" + hashlib.sha256(data).hexdigest()
     assert (blob.size, blob.table) == (len(data), table_of(memoryview(data), 4096))
     assert blob.table.check() is blob.table
+    hashes = ChunkHashes(4096)
+    for at in range(0, len(data), 1500):
+        hashes.update(data[at : at + 1500])
+    assert (hashes.table(), hashes.size) == (blob.table, len(data))
     for chunk in range(blob.table.count):
         offset, length = blob.table.extent(chunk)
         good = data[offset : offset + length]
-        blob.table.verify(chunk, good)
+        blob.verify(chunk, good, source="somebody")
         for bad in (good[:-1], good + b"\0", bytes([good[0] ^ 1]) + good[1:]):
             with pytest.raises(DigestMismatch) as caught:
-                blob.table.verify(chunk, bad, source="somebody")
+                blob.verify(chunk, bad, source="somebody")
             assert caught.value.source == "somebody"
+            told = str(caught.value)  # all that whoever is on duty has
+            assert all(word in told for word in (f"chunk {chunk} of {blob.digest}", "from somebody", "`dadi verify`"))
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import msgspec
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dadi import digest as digests
-from dadi.errors import DadiError, Malformed, Unsupported
+from dadi.errors import Malformed, Unsupported
 from dadi.index.chunks import ChunkTable, blob_of
 from dadi.index.image import MAGIC, MAX_LAYERS, VERSION, ImageIndex, ImageLayer, decode, encode
+from tests.contracts import formats
 
 
 def layer(name: bytes, size: int = 5000) -> ImageLayer:
@@ -41,28 +41,20 @@ def test_it_adds_up_and_names_the_blob_behind_each_device() -> None:
     assert repr(INDEX) == f"ImageIndex({digests.of(b'manifest')[7:19]}, linux/amd64, 3 layers)"
 
 
-def _only_dadi_errors(data: bytes) -> None:
-    try:
-        index = decode(data)
-    except DadiError as error:
-        assert str(error)  # noqa: PT017 (nothing else may be raised)
-    else:
-        assert decode(encode(index)) == index
-        assert len(index.device_blobs()) == len(index.devices)
+def taken_or_refused(data: bytes) -> None:
+    index = formats.taken_or_refused(data, decode, encode)
+    assert index is None or len(index.device_blobs()) == len(index.devices)
 
 
-@given(st.binary(max_size=200), st.booleans())
-def test_any_bytes_give_an_index_or_an_error_of_ours(data: bytes, with_magic: bool) -> None:
-    _only_dadi_errors((MAGIC if with_magic else b"") + data)
+@given(formats.strange(MAGIC))
+def test_any_bytes_give_an_index_or_an_error_of_ours(data: bytes) -> None:
+    taken_or_refused(data)
 
 
-@settings(deadline=None, max_examples=300)
-@given(st.lists(st.tuples(st.integers(8, len(SAMPLE) - 1), st.integers(0, 255)), min_size=1, max_size=4))
-def test_a_damaged_index_gives_an_index_or_an_error_of_ours(damage: list[tuple[int, int]]) -> None:
-    data = bytearray(SAMPLE)
-    for at, value in damage:
-        data[at] = value
-    _only_dadi_errors(bytes(data))
+@settings(max_examples=300)
+@given(formats.damaged(SAMPLE))
+def test_a_damaged_index_gives_an_index_or_an_error_of_ours(data: bytes) -> None:
+    taken_or_refused(data)
 
 
 def test_a_cut_index_is_malformed_wherever_the_cut_is() -> None:

@@ -15,9 +15,12 @@ from click.testing import CliRunner, Result
 
 from dadi.cli.main import cli
 from dadi.errors import InvalidRequest
+from dadi.node.config import NodeConfig
 from dadi.notify import Notify
 from dadi.units import texts
 from dadi.units.install import PLACE
+from registry_proxy.config import ProxyConfig
+from superpeer.config import SuperpeerConfig
 
 NAMESPACED = ("Protect", "Private", "ReadOnly", "ReadWrite", "Inaccessible", "Bind", "Temporary", "MountFlags", "Root",
               "DynamicUser")  # fmt: skip
@@ -51,6 +54,15 @@ def _version() -> int:
     return int(line.split()[1])
 
 
+@pytest.mark.parametrize(
+    ("program", "state"),
+    list(zip(texts.PROGRAMS, (NodeConfig().state, SuperpeerConfig().state, ProxyConfig().state), strict=True)),
+)
+def test_a_unit_may_write_where_its_program_keeps_its_state(program: str, state: str) -> None:
+    lines = texts.unit(program, 252, "/usr/bin").splitlines()
+    assert f"StateDirectory={state.removeprefix('/var/lib/')}" in lines
+
+
 def test_a_directory_that_systemd_would_not_find_is_refused() -> None:
     for directory in ("bin", "/bin\nExecStartPre=/bin/false", '/opt/"mine"', "/opt/a\\b"):
         with pytest.raises(InvalidRequest, match="not an absolute path"):
@@ -62,6 +74,30 @@ def test_nothing_gives_the_node_a_mount_namespace_of_its_own(systemd: int) -> No
     lines = texts.unit("dadi-node", systemd, "/usr/bin").splitlines()
     assert [line for line in lines if line.startswith(NAMESPACED)] == []
     assert "RuntimeDirectoryPreserve=yes" in lines, "the FUSE mount is below it"
+
+
+ALWAYS = {
+    "Type=notify", "NotifyAccess=main", "Restart=always", "WatchdogSec=60", "OOMPolicy=continue", "NoNewPrivileges=yes",
+    "StartLimitIntervalSec=0", "RestrictNamespaces=yes", "SystemCallArchitectures=native", "StateDirectoryMode=0700",
+}  # fmt: skip
+SERVERS = {
+    "OOMScoreAdjust=-500", "KillMode=mixed", "ProtectSystem=strict", "PrivateTmp=yes", "PrivateDevices=yes",
+    "ProtectKernelModules=yes", "SystemCallFilter=@system-service", "RestrictSUIDSGID=yes",
+    "CapabilityBoundingSet=CAP_NET_BIND_SERVICE CAP_DAC_OVERRIDE",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("systemd", [252, 254])
+@pytest.mark.parametrize("program", texts.PROGRAMS)
+def test_each_unit_keeps_its_program_running_and_leaves_it_little(program: str, systemd: int) -> None:
+    lines = texts.unit(program, systemd, "/usr/bin").splitlines()
+    own = {"OOMScoreAdjust=-900", "Before=containerd.service"} if program == "dadi-node" else SERVERS
+    assert sorted((ALWAYS | own) - set(lines)) == []
+    settings = [line.partition("=")[0] for line in lines if "=" in line and not line.startswith("#")]
+    assert len(settings) == len(set(settings)), "none twice: the last would count"
+    bounding = next(line for line in lines if line.startswith("CapabilityBoundingSet="))
+    assert "CAP_SYS_PTRACE" not in bounding
+    assert "CAP_SYS_MODULE" not in bounding
 
 
 def test_a_stop_leaves_the_fuse_mount_to_systemd_where_that_can_else_to_the_keeper() -> None:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from dadi.keeper.client import KeeperProcess
 from dadi.keeper.store import close_all
 from dadi.node.handover import Handover
 from fuse import device, state, wire
+from tests.lab.waiting import wait_until
 
 
 @pytest.fixture
@@ -34,14 +35,6 @@ def pipe() -> Iterator[tuple[int, int]]:
     for fd in ends:
         with contextlib.suppress(OSError):
             os.close(fd)
-
-
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
 
 
 def pid_at(place: Path) -> int:
@@ -72,7 +65,7 @@ def test_what_is_held_outlives_its_owner_and_the_keeper_ends_when_it_holds_nothi
     second.drop("pipe")
     assert not second.has_ended()
     second.close()
-    until(lambda: not os.path.exists(f"/proc/{keeper}"))
+    wait_until(lambda: not os.path.exists(f"/proc/{keeper}"))
     assert not place.exists()
     with pytest.raises(BrokenPipeError):
         os.write(pipe[1], b"nobody has the other end")
@@ -94,7 +87,7 @@ def test_a_keeper_that_is_killed_is_noticed_and_another_one_can_be_had(place: Pa
     keeper.put("it", pipe[0], b"")
     assert not keeper.has_ended()
     os.kill(pid_at(place), 9)
-    until(keeper.has_ended)
+    wait_until(keeper.has_ended)
     with pytest.raises(Unavailable, match="does not answer"):
         keeper.take()
     keeper.close()

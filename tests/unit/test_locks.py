@@ -5,21 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dadi import locks
 from dadi.errors import Conflict
-
-
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+from tests.lab.waiting import wait_until
 
 
 def test_a_lock_is_had_by_one_and_by_the_next_after_it(tmp_path: Path) -> None:
@@ -57,7 +49,7 @@ def test_a_process_that_is_dead_but_for_a_stuck_thread_does_not_keep_the_next_on
     try:
         assert holder.stdout is not None
         holder.stdout.readline()
-        until(lambda: Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
+        wait_until(lambda: Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
         lock = locks.take(tmp_path, "hint")
         assert lock.predecessor_is_dying
         with pytest.raises(Conflict):
@@ -66,7 +58,7 @@ def test_a_process_that_is_dead_but_for_a_stuck_thread_does_not_keep_the_next_on
         holder.kill()
         holder.wait()
         holder.stdout.close()
-    until(lambda: not lock.predecessor_is_dying)
+    wait_until(lambda: not lock.predecessor_is_dying)
     lock.release()
     locks.take(tmp_path, "hint").release()
 
@@ -77,7 +69,7 @@ def test_after_two_deaths_in_a_row_both_are_watched(tmp_path: Path) -> None:
     try:
         assert hangs.stdout is not None
         hangs.stdout.readline()
-        until(lambda: Path(f"/proc/{hangs.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
+        wait_until(lambda: Path(f"/proc/{hangs.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
         gone = subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path)], stdout=subprocess.PIPE)
         assert gone.stdout is not None
         assert gone.stdout.readline() == b"True\n"
@@ -90,7 +82,7 @@ def test_after_two_deaths_in_a_row_both_are_watched(tmp_path: Path) -> None:
         hangs.kill()
         hangs.wait()
         hangs.stdout.close()
-    until(lambda: not lock.predecessor_is_dying)
+    wait_until(lambda: not lock.predecessor_is_dying)
     lock.release()
     locks.take(tmp_path, "hint").release()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "lock.holder"]

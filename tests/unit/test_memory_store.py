@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dadi.blobs.memory import MemoryBlobs
 from dadi.blobs.store import BlobStore
 from tests.contracts.store import LIMIT, StoreContract
+from tests.fakes.memory_blobs import MemoryBlobs
 
 
 class TestMemoryStore(StoreContract):

@@ -15,7 +15,8 @@ from dadi.peers.asking import Asking
 from dadi.peers.frames import Frames
 from dadi.peers.health import Health, State
 from dadi.peers.health import Settings as HealthSettings
-from dadi.peers.line import Busy, Heard, RefusedAnew, joined
+from dadi.peers.lanes import joined
+from dadi.peers.line import Busy, Heard, RefusedAnew
 from dadi.peers.places import Fault, Peer, Place
 from tests.contracts.store import C, content, parts_of
 

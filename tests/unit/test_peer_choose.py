@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from dadi.peers.choose import MAX_HOPS, Ask, Chooser
+from dadi.peers.choose import MAX_HOPS, Chooser
 from dadi.peers.health import Event, Health, Settings, State
 from dadi.peers.places import Peer, Place
+from dadi.peers.tries import Ask
 
 RUN, SIZE = range(0, 4), 1 << 20
 PATIENCE = 0.1 + SIZE / 4e6

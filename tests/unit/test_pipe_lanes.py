@@ -11,7 +11,8 @@ import pytest
 from dadi.blobs.source import Urgency
 from dadi.errors import DadiError
 from dadi.index.chunks import Blob, ChunkTable, blob_of
-from dadi.peers.pipe import Pipe, Wish
+from dadi.peers.lanes import Wish
+from dadi.peers.pipe import Pipe
 
 SIZE = 4096
 BLOB = blob_of(bytes(400 * SIZE), SIZE)

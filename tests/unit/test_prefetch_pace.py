@@ -253,8 +253,7 @@ class TestSecrets:
 
     async def test_they_are_for_their_repository_while_their_job_runs(self) -> None:
         forgotten: list[Reference] = []
-        secrets = JobSecrets(FixedCredentials({"registry.example": self.OWN}))
-        secrets.forget_grants = forgotten.append
+        secrets = JobSecrets(FixedCredentials({"registry.example": self.OWN}), forgotten.append)
         secrets.remember("job", self.REFERENCE, self.MINE)
         assert await secrets.get("registry.example", "team/app") == self.MINE
         assert await secrets.get("registry.example", "team/other") == self.OWN
@@ -265,7 +264,7 @@ class TestSecrets:
         assert forgotten == [self.REFERENCE] * 2, "what a client made of them goes, too"
 
     async def test_those_that_are_refused_make_room_for_the_superpeers_own(self) -> None:
-        secrets = JobSecrets(FixedCredentials({"registry.example": self.OWN}))
+        secrets = JobSecrets(FixedCredentials({"registry.example": self.OWN}), lambda reference: None)
         secrets.remember("job", self.REFERENCE, self.MINE)
         assert secrets.rejected("registry.example", "team/app", self.MINE)
         assert await secrets.get("registry.example", "team/app") == self.OWN
@@ -273,7 +272,7 @@ class TestSecrets:
         assert await secrets.get("registry.example", "team/app") == self.MINE
         assert not secrets.rejected("registry.example", "team/app", self.MINE)
         assert not secrets.rejected("registry.example", "team/app", self.OWN), "and not over and over"
-        alone = JobSecrets(FixedCredentials())
+        alone = JobSecrets(FixedCredentials(), lambda reference: None)
         alone.remember("job", self.REFERENCE, self.MINE)
         assert alone.rejected("registry.example", "team/app", self.MINE)
         assert await alone.get("registry.example", "team/app") == self.MINE, "for want of better"

@@ -225,7 +225,7 @@ def test_moments() -> None:
     assert moment("+90", 0.0) == 90.0
 
 
-@pytest.mark.parametrize("text", ["", "+", "tomorrow", "+2y", "25:00", "2026-13-01", "-2h"])
+@pytest.mark.parametrize("text", ["", "+", "tomorrow", "+2y", "25:00", "2026-13-01", "-2h", "+9999999d"])
 def test_what_is_no_moment_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(InvalidRequest) as raised:
         moment(text, 0.0)

@@ -1,4 +1,5 @@
-"""What a prefetch job waits for: its next try, and the others of its batch before it says whether they come in time."""
+"""What a prefetch job waits for: its next try, and the others of its batch before it says whether they fit
+and come in time."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import pytest
 from dadi.errors import InvalidRequest, Unavailable
 from dadi.prefetch.life import State
 from dadi.prefetch.messages import Job, Request, batch_of, canonical, job_id, joined, together
-from superpeer.jobs_together import Together, left
+from superpeer.jobs_room import Needs, summed
+from superpeer.jobs_together import Sums, Together, left
 from superpeer.jobs_tries import Tries
 
 AWAY = Unavailable("the registry is away")
@@ -79,6 +81,13 @@ class TestTries:
         assert repr(tries) == "Tries(0 wait)"
 
 
+async def looks_at(together: Together, job: Job, **layers: int) -> Sums:
+    """Do as a job that was resolved does; return what it saw."""
+    async with together.looking(job, Needs(layers, job.registry, frozenset(layers))) as sums:
+        together.check_deadline(job.request, sums.registry)
+        return sums
+
+
 class TestTogether:
     NOW = 1000.0
 
@@ -90,6 +99,9 @@ class TestTogether:
         requests = [canonical(Request(name, "linux/amd64")) for name in names]
         return [job(name, registry=size, batch=batch_of("b", requests), **fields) for name in names]
 
+    async def all_look(self, together: Together, jobs: list[Job]) -> None:
+        await asyncio.gather(*(looks_at(together, each) for each in jobs))
+
     async def test_each_alone_would_do_and_not_all_and_all_are_told_the_rate_that_would(self) -> None:
         jobs = self.batch(3, 600, rate=100.0, deadline=self.NOW + 10)
         known: list[Job] = []
@@ -97,7 +109,7 @@ class TestTogether:
         tasks = []
         for each in jobs:  # they come one after the other, and none knows of those that come later
             known.append(each)
-            tasks.append(asyncio.create_task(together.check(each)))
+            tasks.append(asyncio.create_task(looks_at(together, each)))
             await asyncio.sleep(0)
         errors = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(error, InvalidRequest) for error in errors)
@@ -109,34 +121,56 @@ class TestTogether:
         for each in jobs:
             each.request = canonical(Request(each.request.reference, "linux/amd64", rate=180.0,
                                              deadline=self.NOW + 10, batch=each.request.batch))  # fmt: skip
-        await asyncio.gather(*map(together.check, jobs))
+        await self.all_look(together, jobs)
 
     async def test_without_a_rate_of_its_own_the_superpeers_counts(self) -> None:
         jobs = self.batch(2, 600, deadline=self.NOW + 10)
-        await asyncio.gather(*map(self.looks(jobs).check, jobs))
+        await self.all_look(self.looks(jobs), jobs)
         with pytest.raises(InvalidRequest, match="1200 bytes"):
-            await asyncio.gather(*map(self.looks(jobs, 100.0).check, jobs))
+            await self.all_look(self.looks(jobs, 100.0), jobs)
 
     async def test_one_that_has_ended_or_whose_registry_is_away_is_not_waited_for(self) -> None:
         failed, away, one = self.batch(3, 600, rate=100.0, deadline=self.NOW + 10)
         failed.state, away.state, away.tries, away.registry = State.FAILED, State.QUEUED, 1, 0
-        await asyncio.wait_for(self.looks([failed, away, one]).check(one), 5)
+        await asyncio.wait_for(looks_at(self.looks([failed, away, one]), one), 5)
 
     async def test_one_that_is_resolved_later_counts_what_the_others_still_lack(self) -> None:
         warm, one = self.batch(2, 600, rate=100.0, deadline=self.NOW + 10)
         warm.state, warm.total, warm.done = State.WARMING, 1000, 200
         with pytest.raises(InvalidRequest, match="1080 bytes"):
-            await self.looks([warm, one]).check(one)
+            await looks_at(self.looks([warm, one]), one)
         warm.done = 900
-        await self.looks([warm, one]).check(one)
+        await looks_at(self.looks([warm, one]), one)
 
     async def test_one_that_never_comes_is_waited_for_a_while_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("superpeer.jobs_together._PATIENCE", 0.1)
         one, _ = self.batch(2, 600, rate=100.0, deadline=self.NOW + 10)
-        await asyncio.wait_for(self.looks([one]).check(one), 5)
+        await asyncio.wait_for(looks_at(self.looks([one]), one), 5)
         one.registry = 1200
         with pytest.raises(InvalidRequest):
-            await self.looks([one]).check(one)
+            await looks_at(self.looks([one]), one)
+
+    async def test_the_room_is_for_all_together_and_a_layer_of_several_images_counts_once(self) -> None:
+        jobs = self.batch(3, 600)
+        together = self.looks(jobs)
+        layers = [{"base": 500, "a": 10}, {"base": 490, "b": 20}, {"c": 30}]
+        seen = await asyncio.gather(*(looks_at(together, each, **its) for each, its in zip(jobs, layers, strict=True)))
+        for sums, its in zip(seen, layers, strict=True):
+            assert sums.images[0].layers == its, "its own first"
+            assert summed(sums.images) == (560, {"base", "a", "b", "c"})
+
+    async def test_who_is_resolved_later_counts_what_the_others_still_need_and_evicts_nothing_of_theirs(self) -> None:
+        ready, warm, failed, one = jobs = self.batch(4, 600)
+        together = self.looks(jobs)
+        for each, name in zip(jobs, ("ready", "warm", "failed"), strict=False):
+            together.knows(each, Needs({name: 100}, 600, frozenset({name})))
+        ready.state, warm.state, failed.state = State.READY, State.WARMING, State.FAILED
+        warm.total, warm.done = 1000, 700
+        assert summed((await looks_at(together, one, one=7)).images) == (37, {"ready", "warm", "one"})
+        one.state = warm.state = State.READY
+        together.ended(one)
+        assert together._needs == {}
+        assert summed((await looks_at(together, job("alone"), alone=1)).images) == (1, {"alone"})
 
     def test_a_job_under_way_that_is_given_a_rate_is_told_at_once_that_it_does_not_do(self) -> None:
         one = job("nginx", registry=1000, state=State.WARMING)
@@ -169,3 +203,5 @@ def test_a_job_joins_the_batch_that_has_a_rate_and_no_other() -> None:
     assert joined(old, Request("nginx", "linux/amd64", rate=9.0, batch="new.2")).batch == "new.2"
     assert joined(old, Request("nginx", "linux/amd64", rate=9.0)).batch == "old"
     assert joined(old, Request("nginx", "linux/amd64", batch="new.2")).batch == "old"
+    without = Request("nginx", "linux/amd64", batch="old")
+    assert joined(without, Request("nginx", "linux/amd64", batch="new.2")).batch == "new.2"

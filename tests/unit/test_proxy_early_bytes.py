@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from dadi.errors import DigestMismatch, Unavailable
 from dadi.originals import waiting
-from dadi.originals.client import OriginalAnswer
+from dadi.originals.messages import HEAD, OriginalAnswer
 from dadi.originals.original import Original, OriginalPart
-from dadi.originals.waiting import HEAD, Waiting
+from dadi.originals.waiting import Waiting
 
 DATA = bytes(range(256)) * 200
 

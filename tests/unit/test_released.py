@@ -40,6 +40,20 @@ def test_what_the_kernel_keeps_is_not_called_free(tmp_path: Path, monkeypatch: p
     assert list((tmp_path / "released").iterdir()) == []
 
 
+def test_a_run_directory_that_is_full_keeps_no_mount_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "released").write_bytes(b"in the way")
+    (proc,) = [mount for mount in kernel.mounts() if mount.target == "/proc"][:1]
+    image, detached = proc._replace(kind="erofs", source="/dev/loop0", target="/nowhere/at/all"), list[str]()
+    monkeypatch.setattr(kernel, "mounted_at", lambda directory: image)
+    monkeypatch.setattr(released, "_detach", lambda path, mount_id: detached.append(path))
+    monkeypatch.setattr(loop, "backing_file", lambda device: f"{tmp_path}/fuse/{64 * 'a'}")
+    with pytest.raises(Unavailable, match="was taken away, but the next dadi-node does not know"):
+        released.free(tmp_path, "/nowhere/at/all")
+    assert detached == ["/nowhere/at/all"]
+
+
 async def test_the_next_node_ends_what_was_freed(tmp_path: Path) -> None:
     known = Released(tmp_path)
     records = MountRecords(tmp_path / "mounts", known)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dadi import digest as digests
-from dadi.errors import DadiError, Malformed, TooLarge, Unsupported
+from dadi.errors import Malformed, TooLarge, Unsupported
 from dadi.index import seek
 from dadi.index.chunks import ChunkTable, table_of
 from dadi.index.seek import (
@@ -34,6 +34,7 @@ from dadi.index.seek import (
     unpack,
     window_of,
 )
+from tests.contracts import formats
 from tests.fakes import gzips
 
 LAYER, DIFF = digests.of(b"layer"), digests.of(b"tar")
@@ -146,25 +147,15 @@ def test_the_blob_is_the_compressed_one() -> None:
 SAMPLE = encode(table_of_points(raw(1003, 4000, b"abc"), raw(8000, 5000)))
 
 
-def _only_dadi_errors(data: bytes) -> None:
-    try:
-        table = decode(data)
-    except DadiError as error:
-        assert str(error)  # noqa: PT017 (nothing else may be raised)
-    else:
-        assert decode(encode(table)) == table
-
-
-@given(st.binary(max_size=300))
-def test_arbitrary_bytes(data: bytes) -> None:
-    _only_dadi_errors(data)
-    _only_dadi_errors(MAGIC + data)
+@given(formats.strange(MAGIC))
+def test_any_bytes_give_a_table_or_an_error_of_ours(data: bytes) -> None:
+    formats.taken_or_refused(data, decode, encode)
 
 
 @given(st.integers(0, len(SAMPLE) - 1), st.binary(max_size=3), st.integers(0, 3))
 @settings(max_examples=500)
-def test_bytes_changed(at: int, put: bytes, cut: int) -> None:
-    _only_dadi_errors(SAMPLE[:at] + put + SAMPLE[at + cut :])
+def test_a_table_with_bytes_put_in_or_left_out_gives_a_table_or_an_error_of_ours(at: int, put: bytes, cut: int) -> None:
+    formats.taken_or_refused(SAMPLE[:at] + put + SAMPLE[at + cut :], decode, encode)
 
 
 def test_a_newer_version_is_unsupported_whatever_it_looks_like() -> None:

@@ -132,7 +132,9 @@ def test_one_process_has_the_file(tmp_path: Path, db: Database) -> None:
         open_database(tmp_path)
 
 
-@pytest.mark.parametrize("damage", [b"not a database" * 500, b"SQLite format 3\0" + b"\xff" * 8000])
+@pytest.mark.parametrize(
+    "damage", [b"not a database" * 500, b"SQLite format 3\0" + b"\xff" * 8000, b"", b"\0", bytes(4096)]
+)
 def test_a_damaged_file_is_told_and_replaced_only_if_asked(tmp_path: Path, damage: bytes) -> None:
     (tmp_path / "metadata.db").write_bytes(damage)
     (tmp_path / "snapshots" / "1").mkdir(parents=True)

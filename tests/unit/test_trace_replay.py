@@ -9,7 +9,6 @@ from random import Random
 import pytest
 
 from dadi.blobs.chain import Chain
-from dadi.blobs.memory import MemoryBlobs
 from dadi.blobs.source import Urgency
 from dadi.errors import Unavailable, Unsupported
 from dadi.fallbacks import Fallbacks
@@ -17,6 +16,7 @@ from dadi.index.chunks import Blob, blob_of
 from dadi.prefetch.rate import Bucket
 from dadi.prefetch.replay import Replay
 from dadi.prefetch.trace import Chunk, StartGroup, Trace
+from tests.fakes.memory_blobs import MemoryBlobs
 
 SIZE = 256 << 10
 MANIFEST = "sha256:" + "ab" * 32

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 
 from dadi.blobs.chain import Chain
-from dadi.blobs.memory import MemoryBlobs
 from dadi.blobs.source import Urgency
 from dadi.blobs.turns import PARALLEL, Turns
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob, blob_of
 from tests.contracts.store import C, content, parts_of
+from tests.fakes.memory_blobs import MemoryBlobs
 
 DATA = content(64 * C)
 BLOB = blob_of(DATA, C)

@@ -6,11 +6,12 @@ import importlib
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from click.testing import CliRunner
 
-from dadi.errors import Unavailable
+from dadi.errors import DadiError, NotFound, StoreFull, Unavailable
 from dadi.node import released
 
 mount = importlib.import_module("dadi.cli.mount")
@@ -44,6 +45,29 @@ def test_a_node_that_is_dead_is_not_needed(tmp_path: Path, freed: list[tuple[Pat
 def test_a_node_that_hangs_is_not_waited_for_for_long(silent: Path, freed: list[tuple[Path, str]]) -> None:
     assert CliRunner().invoke(mount.umount, ["--force", "--node-socket", str(silent), "/mnt/app"]).exit_code == 0
     assert freed == [(silent.parent, "/mnt/app")]
+
+
+@pytest.mark.parametrize("error", [DadiError("a fault of ours"), StoreFull("no space left")])
+def test_a_node_that_cannot_do_it_is_not_needed_either(
+    tmp_path: Path, freed: list[tuple[Path, str]], monkeypatch: pytest.MonkeyPatch, error: DadiError
+) -> None:
+    def call(*_: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(mount.NodeClient, "call", call)
+    assert CliRunner().invoke(mount.umount, ["--force", "/mnt/app"]).exit_code == 0
+    assert [directory for _, directory in freed] == ["/mnt/app"]
+
+
+def test_what_the_node_says_is_not_there_is_not_taken_away(
+    freed: list[tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call(*_: object) -> NoReturn:
+        raise NotFound("no image is mounted there")
+
+    monkeypatch.setattr(mount.NodeClient, "call", call)
+    assert isinstance(CliRunner().invoke(mount.umount, ["--force", "/mnt/app"]).exception, NotFound)
+    assert freed == []
 
 
 def test_without_force_it_is_an_error(tmp_path: Path, freed: list[tuple[Path, str]]) -> None:

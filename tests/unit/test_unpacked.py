@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dadi import digest as digests
-from dadi.blobs.memory import MemoryBlobs
 from dadi.blobs.source import Urgency
 from dadi.blobs.unpacked import Unpacked, largest_extent
 from dadi.errors import DigestMismatch
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob, ChunkTable, blob_of, table_of
 from dadi.index.seek import COMPRESSED_CHUNK, FIRST, VERSION, Form, SeekPoint, SeekTable
+from tests.fakes.memory_blobs import MemoryBlobs
 from tests.fakes.sources import ScriptedSource
 
 CHUNK = 16 << 10
