@@ -123,8 +123,8 @@ class Prefetcher:
                 return job
             elif request.manifest and job.state is State.READY and job.manifest_digest == request.manifest:
                 # A sibling tells of what we have done already. Not again: we would tell it, and so on.
-                until = max(job.request.pin_until, request.pin_until)
-                job.request = msgspec.structs.replace(job.request, pin_until=until)
+                until, batch = max(job.request.pin_until, request.pin_until), request.batch or job.request.batch
+                job.request = msgspec.structs.replace(job.request, pin_until=until, batch=batch)
                 self.pins.pin(job)
                 await self._files.save(job)
                 return job

@@ -1,8 +1,9 @@
 """What counts for all images of one command together: they share one rate and one store.
 
     first looks    each job knows what its image needs when it is resolved; it then waits until the others of its batch
-                   know too, `_PATIENCE` at most (`messages.together` says how many they are). All see the same sums:
-                   all begin or none does; of a deadline each names the rate that would do for all
+                   know too, `_PATIENCE` at most (`messages.together` says how many they are), less without a deadline.
+                   All see the same sums: all begin or none does; of a deadline each names the rate that would do for
+                   all
     later ones     an image that is resolved later, or known exactly only now, counts what the others still lack
     a job joins    one that is under way and gets another rate or deadline: what it still lacks, at once
 
@@ -25,6 +26,8 @@ from superpeer.jobs_room import Needs
 
 _LOOK = 0.05
 _PATIENCE = 10.0
+_PATIENCE_FOR_ROOM = 2.0
+"""Without a deadline: who comes later counts what the others still lack, so that little is lost."""
 _UNKNOWN = {State.QUEUED, State.RESOLVING}
 _NOTHING_MORE = {State.FAILED, State.CANCELLED}
 
@@ -54,8 +57,8 @@ class Together:
         self._rate = rate
         self._looking: dict[str, _Looking] = {}
         """By batch."""
-        self._needs: dict[str, Needs] = {}
-        """By job, while anything of its batch is under way: what it needed when it looked."""
+        self._needs: dict[str, tuple[Needs, float]] = {}
+        """By job, while anything of its batch is under way: what it needed when it looked, the part of it left then."""
 
     def __repr__(self) -> str:
         return f"Together({len(self._looking)} batches)"
@@ -70,13 +73,14 @@ class Together:
         if not batch:
             yield Sums([needs], needs.registry)
             return
-        self._needs[job.id] = needs
+        self._needs[job.id] = needs, _part_left(job)
         looking = self._looking.setdefault(batch, _Looking())
         looking.needs[job.id] = needs
         looking.inside += 1
         try:
             if looking.all_known is None:
-                looking.all_known = asyncio.create_task(self._until_known(batch, looking.needs))
+                patience = _PATIENCE if job.request.deadline else _PATIENCE_FOR_ROOM
+                looking.all_known = asyncio.create_task(self._until_known(batch, looking.needs, patience))
             await asyncio.wait([looking.all_known])
             yield self._sums(job, looking.needs)
         finally:
@@ -86,10 +90,10 @@ class Together:
                 if looking.all_known is not None:
                     looking.all_known.cancel()
 
-    async def _until_known(self, batch: str, needs: dict[str, Needs]) -> None:
+    async def _until_known(self, batch: str, needs: dict[str, Needs], patience: float) -> None:
         """Return when each image of a batch is known, or will not be soon; once for all that wait: they may be many."""
         waited = 0.0
-        while waited < _PATIENCE and not self._all_known(batch, needs):
+        while waited < patience and not self._all_known(batch, needs):
             await asyncio.sleep(_LOOK)
             waited += _LOOK
 
@@ -105,8 +109,9 @@ class Together:
         for each in self._members(job.request.batch):
             if each.id not in needs and each.state not in _NOTHING_MORE:
                 registry += left(each)
-                if (needed := self._needs.get(each.id)) is not None:
-                    mates.append(needed.scaled(_part_left(each)))
+                if each.id in self._needs:
+                    needed, of = self._needs[each.id]
+                    mates.append(needed.scaled(min(1.0, _part_left(each) / of) if of else 0.0))
         return Sums([needs[job.id], *mates], registry)
 
     def _members(self, batch: str) -> list[Job]:
@@ -135,15 +140,16 @@ class Together:
     def knows(self, job: Job, needs: Needs) -> list[Needs]:
         """Remember what a job needs by now; return what it and the others of its batch do, without waiting for any."""
         if job.request.batch:
-            self._needs[job.id] = needs
+            self._needs[job.id] = needs, _part_left(job)
         return self._sums(job, {job.id: needs}).images
 
     def ended(self, job: Job) -> None:
-        """Forget what a job's batch needed, if nothing of it is under way any more."""
-        members = self._members(job.request.batch)
-        if all(each.state.is_over for each in members):
-            for each in (job, *members):
-                self._needs.pop(each.id, None)
+        """A job is over: forget what those of batches needed of which nothing is under way any more."""
+        jobs = list(self._jobs())
+        under_way = {each.request.batch for each in jobs if not each.state.is_over}
+        keep = {each.id for each in jobs if each.request.batch in under_way}
+        for name in self._needs.keys() - keep:
+            del self._needs[name]
 
 
 def left(job: Job) -> int:

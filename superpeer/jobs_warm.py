@@ -221,7 +221,7 @@ class Warming:
         job = self._job
         job.stage = "fetching"
         needs = await self._room.needs(job, {})  # it is known exactly now
-        job.registry = needs.registry
+        job.registry, job.total = needs.registry, 0  # nothing of that has come yet
         self.note(await self._room.check(job, self._together.knows(job, needs)))
         mine, note = await self._shares.of(record, job.request.scope)
         if note:
@@ -231,6 +231,7 @@ class Warming:
         job.total = sum(wanted.size for wanted in mine)
         lacking = [(wanted, await self._shares.missing(wanted)) for wanted in mine]
         job.done = job.total - sum(plan.size_of(wanted.layer.blob, runs) for wanted, runs in lacking)
+        self._together.knows(job, needs)  # of which so much is left now
         reference = str(job.pinned)
         log.info("warming", image=reference, job=job.id, bytes=job.total, missing=job.total - job.done)
         await self._each([(wanted, runs) for wanted, runs in lacking if not wanted.place], self._owned)

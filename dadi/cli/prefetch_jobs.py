@@ -155,11 +155,16 @@ def _about_job(what: str, job: str, platform: str, scope: Scope, whom: Where, wh
         raise NotFound(f"no superpeer that was asked has the job {named}", hint=hint)
     away |= {key: as_it_was[key[1]] for key, each in found.items() if key[1] in as_it_was and (
         len(as_it_was) == len(found) or not _is_done(what, each))}  # fmt: skip
-    silent = _not_asked(found.values(), [url for place in whom.places for url in place.urls])
-    if what == "cancel" and silent:
+    asked = {url for place in whom.places for url in place.urls}
+    if what == "cancel":
         hint = "name it too, or --datacenter"
         error = NotFound("it was not asked: there the job goes on, or stays pinned", hint=hint)
-        away |= {("", url): error for url in silent}
+        away |= {("", url): error for url in _not_asked(found.values(), asked)}
+    if what and not reference:
+        # By its id alone a job that we may not see is none: who shares it, and says so, has not done what it should.
+        error = NotFound("it shares the job, and does not show it by its id", hint="name the image instead of the job")
+        silent = _not_asked(found.values(), {url for _, url in (*found, *away)})
+        away |= {("", url): error for url in silent if url in asked}
     _fail_for(away)
 
 

@@ -112,6 +112,16 @@ async def test_a_job_is_cancelled_and_tried_again_by_all_superpeers_and_each_say
         assert away.exit_code == 1
         assert [row.get("state", row.get("error")) for row in told(away)] == ["cancelled", "cancelled", "unreachable"]
 
+        await first.retry(first.jobs()[0].id)
+        await until("waiting", "waiting")
+        name = first.jobs()[0].id
+        shown, other.find = other.find, lambda job: first.find("-" + job)  # as if it hid what we may not see
+        hidden = await dadi("cancel", name, *both)
+        other.find = shown
+        assert hidden.exit_code == 1, "there it goes on"
+        assert f"{dc.urls[1]}: it shares the job, and does not show it by its id" in hidden.stderr
+        assert states() == ["cancelled", "waiting"]
+
 
 async def test_who_has_no_such_job_is_said_and_fails_nothing(tmp_path: Path, registry: FakeRegistry) -> None:
     made = await indexed.add(registry, "team/app", TARS[:1], tmp_path)

@@ -46,21 +46,23 @@ async def registry() -> AsyncIterator[FakeRegistry]:
 
 
 class Machine:
-    """A systemd with the unit of one of our programs. What it needs is below /opt: units may hide /tmp."""
+    """A systemd with the unit of one of our programs. What it needs, our source too, is below /opt: units hide /tmp."""
 
     def __init__(self, lab: Lab, program: str, change: Callable[[str], str], version: int, configuration: str) -> None:
         opt, state = lab.root / "opt", lab.root / "state"
-        opt.mkdir()
+        (opt / "source").mkdir(parents=True)
+        python = sys.executable.replace(f"{REPOSITORY}/", "/opt/source/")
         (state / "dadi").mkdir(parents=True)
         module = {"dadi-node": "dadi.node", "dadi-superpeer": "superpeer.main",
                   "dadi-registry-proxy": "registry_proxy.main"}[program]  # fmt: skip
-        (opt / program).write_text(f'#!/bin/sh\nPYTHONPATH={REPOSITORY} exec {sys.executable} -m {module} "$@"\n')
+        (opt / program).write_text(f'#!/bin/sh\nPYTHONPATH=/opt/source exec {python} -m {module} "$@"\n')
         (opt / program).chmod(0o755)
         (opt / "config.toml").write_text(configuration)
         place = f"/etc/dadi/{program.removeprefix('dadi-')}.toml"
         text = changed((place, "/opt/config.toml"))(texts.unit(program, version, "/opt"))
         self.unit = f"{program}.service"
-        self.systemd = Systemd(lab, {self.unit: change(text)}, {"/var/lib": state, "/opt": opt})
+        self.systemd = Systemd(lab, {self.unit: change(text)}, {
+            "/var/lib": state, "/opt": opt, "/opt/source": REPOSITORY})  # fmt: skip
         self.mounted = lab.root / "mnt"
         self.mounted.mkdir()
 

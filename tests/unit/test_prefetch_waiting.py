@@ -172,6 +172,35 @@ class TestTogether:
         assert together._needs == {}
         assert summed((await looks_at(together, job("alone"), alone=1)).images) == (1, {"alone"})
 
+    def test_what_was_here_before_is_not_taken_off_what_a_warming_image_needs(self) -> None:
+        warm, one = self.batch(2, 600)
+        together = self.looks([warm, one])
+        warm.state, warm.total, warm.done = State.WARMING, 1000, 900
+        together.knows(warm, Needs({"warm": 100}, 600))  # the tenth that is not here
+        assert summed(together.knows(one, Needs({"one": 7}, 600)))[0] == 107
+        warm.done = 950
+        assert summed(together.knows(one, Needs({"one": 7}, 600)))[0] == 57
+
+    def test_nothing_is_remembered_of_a_job_that_left_its_batch(self) -> None:
+        gone, one = self.batch(2, 600)
+        jobs = [gone, one]
+        together = self.looks(jobs)
+        for each in jobs:
+            together.knows(each, Needs({}, 600))
+        jobs.remove(gone)
+        one.state = State.READY
+        together.ended(one)
+        assert together._needs == {}
+
+    async def test_a_mate_that_never_comes_is_waited_for_less_without_a_deadline(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("superpeer.jobs_together._PATIENCE", 60.0)
+        monkeypatch.setattr("superpeer.jobs_together._PATIENCE_FOR_ROOM", 0.1)
+        one, _ = self.batch(2, 600)
+        async with asyncio.timeout(30):
+            assert len((await looks_at(self.looks([one]), one)).images) == 1
+
     def test_a_job_under_way_that_is_given_a_rate_is_told_at_once_that_it_does_not_do(self) -> None:
         one = job("nginx", registry=1000, state=State.WARMING)
         one.total, one.done = 2000, 1000
