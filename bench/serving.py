@@ -27,7 +27,8 @@ from tests.lab.processes import LabFailed, Node, Process, Registry, Superpeer
 _TARGET = 0.5
 """nginx's seconds to ours: at most twice as many."""
 _CONNECTIONS = 4
-_RANGES = ((16 << 20, "16 MiB"), (1 << 20, "1 MiB"), (256 << 10, "256 KiB"))
+_RANGES = ((8 << 20, "8 MiB"), (1 << 20, "1 MiB"), (256 << 10, "256 KiB"))
+"""The longest is the most that a node gives at a time (`_LARGEST` in `dadi/peers/server.py`)."""
 _NODE = '[backfill]\nquiet = 0\n[peers]\nlisten = "0.0.0.0:7071"\n'
 _CLIENT = """
 import http.client, json, sys, threading
