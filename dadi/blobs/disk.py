@@ -19,7 +19,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from dadi import locks, state_version
@@ -62,6 +62,8 @@ class DiskBlobs:
         self._vouching = Vouching(self._space)
         self._names = itertools.count()
         self._closed = False
+        self._finishing: dict[asyncio.Task[None], ExitStack] = {}
+        """What holds each blob that is being finished."""
         # Blobs come into being one after the other, so that no two writers make the same one.
         self._changing = asyncio.Lock()
         (root / "blobs").mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -89,6 +91,7 @@ class DiskBlobs:
         self._closed = True
         # First let end what still writes: `present` must not become durable before its data.
         await asyncio.to_thread(self._space.close)
+        await asyncio.gather(*self._finishing, return_exceptions=True)
         partial = [stored for stored in self._space.blobs.values() if not stored.complete]
         await asyncio.to_thread(start_stop.leave, self.root, partial)
         self._lock.release()
@@ -184,8 +187,18 @@ class DiskBlobs:
             return
         if stored is None or await self.missing(blob):
             raise NotFound(f"{blob} is not all in {self.root}")
-        with self._space.using(stored):
-            await self._vouching.finish(stored)
+        # A task of ours: who is cancelled must not leave "complete" on the disk with nobody here who knows of it.
+        holding = ExitStack()
+        holding.enter_context(self._space.using(stored))
+        task = asyncio.create_task(self._vouching.finish(stored))
+        self._finishing[task] = holding
+        task.add_done_callback(self._finished)
+        await asyncio.shield(task)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._finishing.pop(task).close()
+        if not task.cancelled():
+            task.exception()  # looked at: who waited for it may have gone
 
     async def withdraw(self, blob: Blob, chunks: Collection[int]) -> None:
         """Believe these chunks no more, since their bytes are not what they should be; the blob is not complete then.

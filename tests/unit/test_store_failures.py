@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dadi.blobs import disk
+from dadi.blobs import disk, files
 from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.kept import Kept
 from dadi.blobs.layout import BlobDirectory
@@ -116,4 +118,31 @@ async def test_a_blob_that_the_disk_does_not_let_go_vouches_for_nothing(
     await store.close()
     again = DiskBlobs(store.root)
     assert not again.has(blob.digest)
+    await again.close()
+
+
+async def test_who_is_cancelled_while_a_blob_is_finished_leaves_a_whole_blob_and_a_clean_stop(
+    store: DiskBlobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store.keep(BLOB, 0, PARTS)
+    begun, go_on, complete = threading.Event(), threading.Event(), files.complete
+
+    def held_up(directory: BlobDirectory, blob: Blob) -> bool:
+        begun.set()
+        assert go_on.wait(10)
+        return complete(directory, blob)
+
+    monkeypatch.setattr(files, "complete", held_up)
+    finishing = asyncio.create_task(store.finish(BLOB))
+    await asyncio.to_thread(begun.wait, 10)
+    finishing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await finishing
+    assert not await store.remove(BLOB.digest), "a thread is at work on it"
+    go_on.set()
+    await store.close()
+    assert store.has(BLOB.digest)
+    assert not (store.root / "running").exists()
+    again = DiskBlobs(store.root)
+    assert await again.get(BLOB.digest) == DATA
     await again.close()
