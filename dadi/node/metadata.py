@@ -41,26 +41,30 @@ class ImageMetadata:
 
     async def index(self, answer: ImageAnswer) -> ImageIndex:
         """Return the image's index, from the store or else from upstream."""
-        if self._store.has(answer.index_digest):
-            data, why = b"", f"the index {answer.index_digest}"
-            try:
-                data = await self._store.get(answer.index_digest)
-            except DadiError as error:
-                why = str(error)
-            if await asyncio.to_thread(digests.of, data) == answer.index_digest:
-                return image_index.decode(data)
-            self._fallbacks.note("our own disk spoilt bytes, fetched again", why)
-            await self._store.remove(answer.index_digest)
-        data = await self._upstream.whole(answer.index_digest, answer.index_size)
-        index = image_index.decode(data)
+        index = image_index.decode(await self._small(answer.index_digest, answer.index_size))
         if index.manifest_digest != answer.manifest_digest:
             hint = "are superpeer and node of the same version? the superpeer's log says where the index is from"
             raise Malformed(f"the index {answer.index_digest} is not of the image {answer.manifest_digest}", hint=hint)
+        return index
+
+    async def _small(self, digest: str, size: int) -> bytes:
+        """Return a small blob, hashed just now: from the store, or else from upstream."""
+        if self._store.has(digest):
+            data, why = b"", f"the index {digest}"
+            try:
+                data = await self._store.get(digest)
+            except DadiError as error:
+                why = str(error)
+            if await asyncio.to_thread(digests.of, data) == digest:
+                return data
+            self._fallbacks.note("our own disk spoilt bytes, fetched again", why)
+            await self._store.remove(digest)
+        data = await self._upstream.whole(digest, size)
         try:
             await self._store.put(data)
         except DadiError as error:
             self._fallbacks.note("not kept: store full", str(error))
-        return index
+        return data
 
     async def hold(self, answer: ImageAnswer, index: ImageIndex, holds: contextlib.ExitStack) -> None:
         """Have the metadata here, all of it, and hold it and the image index."""
@@ -90,7 +94,7 @@ class ImageMetadata:
         await self.hold_layer_indexes(index, holds)
         indexes = []
         for layer in index.layers:
-            data = await self._store.get(layer.index_digest)
+            data = await self._small(layer.index_digest, layer.index_size)
             indexes.append(await asyncio.to_thread(layer_index.decode, data))
         metadata = await asyncio.to_thread(erofs.write, indexes)
         blob = await self._store.put(metadata.image)

@@ -7,14 +7,17 @@ import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from dadi import digest as digests
 from dadi.blobs.disk import DiskBlobs
 from dadi.errors import Malformed, StoreFull, TooLarge
 from dadi.fallbacks import Fallbacks
+from dadi.index import layer as layer_index
 from dadi.index.chunks import Blob, ChunkTable, blob_of
-from dadi.index.image import VERSION, ImageIndex, encode
+from dadi.index.image import VERSION, ImageIndex, ImageLayer, encode
+from dadi.index.layer import Entry, Extent, Kind, LayerIndex
 from dadi.node.metadata import ImageMetadata
 from dadi.peers.superpeer import MAX_SMALL_BLOB, ImageAnswer
 
@@ -23,17 +26,23 @@ INDEX = ImageIndex(VERSION, digests.of(b"manifest"), digests.of(b"config"), "lin
 RAW = encode(INDEX)
 ANSWER = ImageAnswer("r/app:1", "linux/amd64", INDEX.manifest_digest, digests.of(RAW), len(RAW))
 
+TAR = blob_of(b"t" * 5000, 4096)
+LAYER = LayerIndex(layer_index.VERSION, digests.of(b"layer"), 7, TAR.digest, TAR.table,
+                   (Entry(b"file", Kind.FILE, size=5000, extents=(Extent(0, 0, 5000),)),))  # fmt: skip
+LAYER_RAW = layer_index.encode(LAYER)
+IN_IMAGE = ImageLayer(LAYER.layer_digest, 7, "t", TAR.digest, TAR.table, digests.of(LAYER_RAW), len(LAYER_RAW))
+
 
 class Upstream:
-    """Gives the index, and nothing else."""
+    """Gives the index of the image and that of its layer, and nothing else."""
 
     def __init__(self) -> None:
         self.asked = 0
 
     async def whole(self, digest: str, size: int) -> bytes:
-        assert (digest, size) == (ANSWER.index_digest, ANSWER.index_size)
         self.asked += 1
-        return RAW
+        (found,) = [data for data in (RAW, LAYER_RAW) if (digests.of(data), len(data)) == (digest, size)]
+        return found
 
 
 class Site:
@@ -43,7 +52,10 @@ class Site:
 
     @property
     def data(self) -> Path:
-        return self.store.root / "blobs" / ANSWER.index_digest.removeprefix("sha256:") / "data"
+        return self.data_of(ANSWER.index_digest)
+
+    def data_of(self, digest: str) -> Path:
+        return self.store.root / "blobs" / digest.removeprefix("sha256:") / "data"
 
     @property
     def noted(self) -> list[str]:
@@ -98,3 +110,16 @@ async def test_metadata_beyond_all_measure_is_refused_before_a_byte_of_it_is_fet
     with contextlib.ExitStack() as holds, pytest.raises(TooLarge, match="the limit is"):
         await site.metadata.hold(ANSWER, index, holds)
     assert site.upstream.asked == 0
+
+
+async def test_fewer_layers_are_mounted_by_layer_indexes_that_were_hashed_again(site: Site) -> None:
+    index = msgspec.structs.replace(INDEX, layers=(IN_IMAGE,))
+    with contextlib.ExitStack() as holds:
+        made = await site.metadata.prefix(index, 1, holds)
+    assert site.noted == []
+    with site.data_of(IN_IMAGE.index_digest).open("r+b") as file:
+        file.seek(LAYER_RAW.index(b"file"))
+        file.write(b"evil")
+    with contextlib.ExitStack() as holds:
+        assert await site.metadata.prefix(index, 1, holds) == made
+    assert site.noted == ["our own disk spoilt bytes, fetched again"]
