@@ -8,8 +8,10 @@
     /v2/NAME/blobs/uploads/…                    UPLOAD
 
 Whose NAME it is: the registry of `?ns=` (containerd); else NAME's first part if it looks like a host, as in an image
-reference (team/app is none, registry.example/app is one); else the configured upstream. (OCI distribution
-specification, "Endpoints"; containerd, docs/hosts.md, "Registry Host Namespace".)
+reference (team/app is none, registry.example/app is one); else the configured upstream. HOST_PORT there stands for
+HOST:PORT: podman's mirrors are names of images, which have no colon behind their first slash, and no host has a "_".
+(OCI distribution specification, "Endpoints"; containerd, docs/hosts.md, "Registry Host Namespace";
+containers-registries.conf(5), "location".)
 
 Nothing is decoded but "%3A", with which some clients write a digest's colon: a name, a tag or a digest needs no other
 escape, and what is not decoded cannot mean two things. The path is split as it came, never normalised.
@@ -27,7 +29,8 @@ from dadi.oci.reference import Reference, parse_registry
 
 _PATH = re.compile(r"/v2(?:/[A-Za-z0-9._~:@+=\[\]-]*)*")
 _MAX_PATH = 2048
-_HOST_MARK = re.compile(r"[.:]|^localhost$")
+_HOST_MARK = re.compile(r"[.:]|^localhost(?:_[0-9]+)?$")
+_WITH_PORT = re.compile(r"(?P<host>[^_]+)_(?P<port>[0-9]{1,5})")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
 
@@ -82,7 +85,8 @@ def repository(name: str, ns: str | None, upstream: str) -> Reference:
         first, slash, rest = name.partition("/")
         registry = upstream
         if slash and _HOST_MARK.search(first):
-            registry, name = parse_registry(first), rest
+            port = _WITH_PORT.fullmatch(first)
+            registry, name = parse_registry(f"{port['host']}:{port['port']}" if port else first), rest
     if ":" in name or "@" in name:
         raise InvalidRequest(f"{name[:80]!r} cannot be the name of a repository")
     found = Reference.parse(f"{registry}/{name}")

@@ -10,7 +10,7 @@ import msgspec
 from dadi.cli import show
 from dadi.cli.client import as_json
 from dadi.cli.pull import containerd_address
-from dadi.containerd import check
+from dadi.containerd import check, mirror_check
 from dadi.node import kernel
 
 
@@ -20,9 +20,10 @@ from dadi.node import kernel
 def doctor(containerd_address: str, as_json: bool) -> None:
     """Check whether this machine has what dadi-node needs. Exit status 1 if something is lacking.
 
-    Where containerd runs, also whether it knows dadi; a machine without containerd lacks nothing.
+    Where containerd runs, also whether it knows dadi; a machine without containerd lacks nothing. Where engines are
+    told to pull through a registry proxy, whether it answers.
     """
-    rows = [*kernel.probe(), *check.probe(containerd_address)]
+    rows = [*kernel.probe(), *check.probe(containerd_address), *mirror_check.probe(containerd_address)]
     if as_json:
         click.echo(msgspec.json.encode([
             {"name": row.name, "ok": row.ok, "detail": row.detail, "hint": row.hint} for row in rows

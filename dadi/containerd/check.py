@@ -15,7 +15,7 @@ import struct
 import subprocess
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dadi.containerd import config
 from dadi.containerd.config import PLUGIN
@@ -29,6 +29,7 @@ _PATIENCE = 10.0
 """Seconds for each thing that is asked."""
 _SNAPSHOTTER = "io.containerd.snapshotter.v1"
 _CRI = {"io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images"}
+DUMP_FAILS = (OSError, subprocess.SubprocessError, ValueError)
 _NAME = "containerd"
 _HINT = "`dadi containerd-config` prints what to put into its configuration; then restart containerd"
 
@@ -53,8 +54,15 @@ def probe(address: str) -> list[Feature]:
     rows = [Feature(f"containerd knows {PLUGIN}", True, f"the snapshotter {PLUGIN} is loaded", "")]
     rows.append(_socket(ours[0].exports.get("address", "")))
     if any(f"{row.type}.{row.id}" in _CRI and not row.error for row in plugins):
-        rows.append(_cri(_config_file(path)))
+        rows.append(_cri(path))
     return rows
+
+
+def dumped(path: str) -> dict[str, Any]:
+    """Return what `containerd config dump` prints for who listens on a socket; see `DUMP_FAILS` for what it raises."""
+    file = _config_file(path)
+    command = ["containerd", *(("--config", file) if file else ()), "config", "dump"]
+    return tomllib.loads(subprocess.run(command, capture_output=True, timeout=_PATIENCE, check=True).stdout.decode())
 
 
 async def _plugins(path: str) -> list[Plugin]:
@@ -95,13 +103,11 @@ def _config_file(path: str) -> str | None:
     return None
 
 
-def _cri(file: str | None) -> Feature:
+def _cri(path: str) -> Feature:
     name = "Kubernetes (CRI) pulls lazily"
-    command = ["containerd", *(("--config", file) if file else ()), "config", "dump"]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=_PATIENCE, check=True)
-        settings = config.cri_settings(tomllib.loads(done.stdout.decode()))
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        settings = config.cri_settings(dumped(path))
+    except DUMP_FAILS as error:
         return Feature(name, True, f"not known: `containerd config dump`: {error}", "")
     if settings is None:
         return Feature(name, True, "not known: `containerd config dump` says nothing of CRI", "")

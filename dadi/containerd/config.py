@@ -158,6 +158,22 @@ def cri_settings(dumped: dict[str, Any]) -> CriSettings | None:
     return CriSettings(snapshotter, annotations)
 
 
+def cri_looks_into(dumped: dict[str, Any], directory: str, usual: bool) -> bool | None:
+    """Return whether CRI looks for mirrors in a directory, by what `containerd config dump` prints; None without CRI.
+
+    `usual`: whether it does where it is told nothing. 2.2 and newer do so for /etc/containerd/certs.d, unprinted.
+    """
+    plugins = _table(dumped.get("plugins"))
+    disabled = dumped.get("disabled_plugins")
+    found = [name for name in (_CRI, _OLD_CRI) if name in plugins and not (isinstance(disabled, list)
+             and {name, "cri"} & {*map(str, disabled)})]  # fmt: skip
+    if not found:
+        return None
+    registry = _table(_table(plugins[found[0]]).get("registry"))
+    path = str(registry.get("config_path") or "")
+    return directory in path.split(":") if path or registry.get("mirrors") else usual
+
+
 def _may_unpack(plugins: dict[str, Any], snapshotter: str) -> bool:
     rows = _table(plugins.get("io.containerd.transfer.v1.local")).get("unpack_config")
     return isinstance(rows, list) and any(_table(row).get("snapshotter") == snapshotter for row in rows)

@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from tests.lab.oci_layout import Image
 from tests.lab.processes import REPOSITORY, Superpeer
 from tests.lab.proxies import ProxyProcess
 from tests.lab.registry import HTPASSWD, PASSWORD, USER, DockerRegistry
+from tests.lab.waiting import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.programs("docker-registry", "skopeo", "ip"), pytest.mark.timeout(300)]
 
@@ -128,15 +130,18 @@ def test_skopeo_inspects_and_lists_tags_through_the_proxy(site: Site) -> None:
 
 
 @pytest.mark.programs("podman")
-def test_podman_pulls_through_its_configured_mirror(site: Site) -> None:
-    image, reference = fresh(site, 2)
+@pytest.mark.parametrize(("seed", "behind"), [(2, False), (8, True)])
+def test_podman_pulls_through_its_configured_mirror(site: Site, seed: int, behind: bool) -> None:
+    """As the proxy's upstream; and behind the mirror's address, where no name of podman's may have the port's colon."""
+    image, reference = fresh(site, seed)
+    location = f"{site.proxy.address}/{site.registry.host.replace(':', '_')}" if behind else site.proxy.address
     before = site.proxy.status()["served"]["requests"]
     conf = site.lab.root / "registries.conf"
     conf.write_text(
         f'[[registry]]\nlocation = "{site.registry.host}"\ninsecure = true\n'
-        f'[[registry.mirror]]\nlocation = "{site.proxy.address}"\ninsecure = true\n'
+        f'[[registry.mirror]]\nlocation = "{location}"\ninsecure = true\n'
     )
-    root = site.lab.root / "podman"
+    root = site.lab.root / f"podman-{seed}"
     with tempfile.TemporaryDirectory(prefix="pod-") as short:  # podman refuses a runroot of more than 50 characters
         podman = ["podman", "--root", root / "root", "--runroot", short, "--tmpdir", root / "tmp",
                   "--storage-driver", "vfs", "--cgroup-manager", "cgroupfs", "--events-backend", "none"]  # fmt: skip
@@ -189,6 +194,55 @@ def test_containerd_goes_to_the_registry_by_itself_when_the_superpeer_is_down(si
         containerd.stop()
         proxy.stop()
     assert site.copies(image) == 1.0
+
+
+@pytest.mark.programs("containerd", "ctr")
+def test_containerd_waits_for_a_proxy_that_hangs_and_goes_on_as_soon_as_it_is_ended(site: Site) -> None:
+    """As the watchdog of its unit ends it."""
+    image, reference = fresh(site, 9)
+    host = site.network.host("hangs")
+    proxy = ProxyProcess(site.lab, host, site.registry.host, name="hangs")
+    directory = hosts_dir(site, site.registry, proxy.address, "certs-hangs")
+    containerd = Containerd(site.lab, site.client, "containerd-e")
+    proxy.signal(signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            pulled = pool.submit(containerd.ctr, "images", "pull", "--hosts-dir", str(directory), reference)
+            wait_until(lambda: connected(host, 7072))
+            assert not pulled.done()
+            proxy.kill()
+            pulled.result()
+    finally:
+        proxy.kill()
+        containerd.stop()
+    assert site.copies(image) == 1.0
+
+
+@pytest.mark.programs("containerd", "ctr")
+def test_containerd_takes_the_rest_from_the_registry_when_the_proxy_is_killed_in_the_middle(site: Site) -> None:
+    image, reference = fresh(site, 10, 4 << 20)
+    proxy = ProxyProcess(site.lab, site.network.host("killed"), site.registry.host, name="killed")
+    directory = hosts_dir(site, site.registry, proxy.address, "certs-killed")
+    containerd = Containerd(site.lab, site.client, "containerd-f")
+    site.network.hosts["registry"].shape("20mbit")
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            pulled = pool.submit(containerd.ctr, "images", "pull", "--hosts-dir", str(directory), reference)
+            wait_until(lambda: proxy.status()["originals"]["arriving"])
+            proxy.kill()
+            pulled.result()
+        digests = containerd.ctr("content", "ls", "--quiet").stdout.split()
+        assert {layer.blob.digest for layer in image.layers} <= {*digests}
+    finally:
+        site.network.hosts["registry"].shape(None)
+        proxy.kill()
+        containerd.stop()
+
+
+def connected(host: Host, port: int) -> bool:
+    """Whether somebody has a connection to a port of a host (/proc/net/tcp, its third column and its fourth)."""
+    rows = host.inside(lambda: Path("/proc/thread-self/net/tcp").read_text()).splitlines()[1:]
+    return any(row.split()[1].endswith(f":{port:04X}") and row.split()[3] == "01" for row in rows)
 
 
 @pytest.mark.programs("containerd", "ctr")

@@ -60,6 +60,11 @@ def test_what_is_nothing_is_not_found(path: str) -> None:
         ("reg.example/team/app", None, "reg.example/team/app"),
         ("localhost:5000/app", None, "localhost:5000/app"),
         ("REG.example/app", None, "reg.example/app"),
+        ("reg.example_5000/team/app", None, "reg.example:5000/team/app"),
+        ("10.0.0.1_80/app", None, "10.0.0.1:80/app"),
+        ("localhost_5000/app", None, "localhost:5000/app"),
+        ("team_5000/app", None, "up.example/team_5000/app"),
+        ("reg.example_5000/app", "other.example", "other.example/reg.example_5000/app"),
     ],
 )
 def test_whose_repository_it_is(name: str, ns: str | None, expected: str) -> None:
@@ -70,7 +75,9 @@ def test_whose_repository_it_is(name: str, ns: str | None, expected: str) -> Non
     ("name", "ns"),
     [("../etc", None), ("a/../b", None), ("a//b", None), ("A/b", None), ("a:1", None), (f"a@{DIGEST}", None),
      ("", None), ("a", ""), ("a", "bad host"), ("a", "reg.example/path"), ("a", "user@reg.example"), ("a", "single"),
-     ("a", "reg.example:99999"), ("x" * 300, None), ("a", "http://reg.example"), (".", None), ("a/.", None)],
+     ("a", "reg.example:99999"), ("x" * 300, None), ("a", "http://reg.example"), (".", None), ("a/.", None),
+     ("reg.example_0/a", None), ("reg.example_99999/a", None), ("reg.example_a/b", None), ("reg.example__80/a", None),
+     ("reg.example:1_2/a", None)],
 )  # fmt: skip
 def test_what_cannot_be_a_repository(name: str, ns: str | None) -> None:
     with pytest.raises(InvalidRequest):
