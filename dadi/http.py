@@ -13,7 +13,8 @@ import contextlib
 import errno
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import aiohttp
 import msgspec
@@ -25,6 +26,9 @@ from dadi.tls import Tls, refusal
 from dadi.wire import Event, EventReader, error_fields, error_in
 
 log = structlog.get_logger()
+MakeConnection = Callable[[web.Server], asyncio.Protocol]
+CONNECTIONS: web.AppKey[Any] = web.AppKey("connections")
+"""Of an application whose server has connections of its own kind: makes one; for strangers' (`registry_proxy`)."""
 _READ_BUFFER = 1 << 20
 _MAX_ERROR_BODY = 64 << 10
 _HUNG_UP = "if it wants a certificate: its tls.client_ca must have signed our tls.certificate; its log says more"
@@ -90,7 +94,7 @@ async def request(
         _raise_refusal(error, what, url)
         hung_up = isinstance(error, aiohttp.ServerDisconnectedError | ConnectionResetError)
         # asyncio hangs up on a client whose certificate it refuses, without TLS's alert that would say so.
-        told = _HUNG_UP if hung_up and url.startswith("https:") else None
+        told = _HUNG_UP if hung_up and url.startswith("https:") else "has it been stopped? its log says more"
         raise Unreachable(f"{what}: {url}: {str(error) or type(error).__name__}", hint=told) from None
 
 
@@ -266,8 +270,19 @@ async def serve_unix(app: web.Application, path: str) -> web.AppRunner:
     return runner
 
 
+class _Runner(web.AppRunner):
+    @property
+    def server(self) -> web.Server | None:
+        """What the loop calls for each new connection."""
+        made = super().server
+        connections: MakeConnection | None = self.app.get(CONNECTIONS)
+        if made is None or connections is None:
+            return made
+        return cast(web.Server, partial(connections, made))
+
+
 def _runner(app: web.Application) -> web.AppRunner:
-    return web.AppRunner(app, access_log=None, shutdown_timeout=1.0, handle_signals=False)
+    return _Runner(app, access_log=None, shutdown_timeout=1.0, handle_signals=False)
 
 
 def parse_listen(listen: str) -> tuple[str, int]:

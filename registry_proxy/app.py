@@ -3,6 +3,7 @@
     GET       /healthz, /metrics, /v1/status        as our other programs; numbers only, no name of an image or registry
     GET, HEAD /v2/…                                 see `paths.py`; `?ns=` names the registry
     others    /v2/…                                 405 UNSUPPORTED, or passed on to the registry (`uploads.py`)
+    what is no request                              an error all the same (`connections.py`)
 
 An error is {"errors": [{"code", "message", "detail"}]} with the specification's codes. The client's Authorization
 header goes to the registry of this request and nowhere else; what the registry asks for (WWW-Authenticate) goes back
@@ -43,18 +44,19 @@ from dadi.originals import serving
 from dadi.originals.config import FrontConfig
 from dadi.originals.documents import Document
 from registry_proxy import paths
+from registry_proxy.connections import Connections
 from registry_proxy.paths import Kind, Route
 from registry_proxy.upstream import ProxyUpstream
 
 log = structlog.get_logger()
 _VERSION = {"Docker-Distribution-API-Version": "registry/2.0"}
-_MAX_HEADER = 32 << 10
-"""Bytes of one header: tokens of some registries have more than the 8 KiB that are usual."""
 _ONCE = ("Authorization", "Host", "Range", "Content-Length", "Transfer-Encoding", "If-Range")
 _MAX_TYPE = 255
 _PUSHES = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
-_STALE = '110 - "Response is Stale", 111 - "Revalidation Failed"'
+_STALE = '299 - "the registry is away: this may be out of date"'
+"""(Specification, "Warnings": clients show it to people.)"""
 
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Forward = Callable[[web.Request, Reference, Route], Awaitable[web.StreamResponse]]
 """Passes a request that is no pull on to the registry."""
 
@@ -71,6 +73,17 @@ class Front:
         self.blobs: Counter[str] = Counter({"requests": 0, "bytes": 0, "cut": 0})
         self.requests: Counter[str] = Counter(dict.fromkeys(("manifests", "stale", "refused", "unauthorized"), 0))
 
+    @property
+    def most_connections(self) -> int:
+        """See `FrontConfig`."""
+        return self._config.most_connections
+
+    def refusal(self, status: int, what: str) -> web.Response:
+        """Return the answer to what is no request, or is none for us."""
+        self.requests["refused"] += 1
+        code = "UNAVAILABLE" if status == 503 else "UNSUPPORTED"
+        return _errors(code, what, None, status, {"Retry-After": "1"} if status == 503 else None)
+
     def statistics(self) -> dict[str, Any]:
         """Return counts of requests, and of blobs that were served."""
         return {"requests": dict(self.requests), "served": dict(self.blobs)}
@@ -86,7 +99,7 @@ class Front:
         except DadiError as error:
             http.cut_if_begun(request, error)
             self.requests["unauthorized" if isinstance(error, LoginRequired) else "refused"] += 1
-            return _problem(error, route)
+            return _problem(error, route, request.headers.get("Authorization", ""))
         except (web.HTTPException, ConnectionResetError):
             raise
         except Exception as error:
@@ -164,7 +177,15 @@ class Front:
 
 def create(front: Front, upstream: ProxyUpstream, fallbacks: Fallbacks) -> web.Application:
     """Return the application."""
-    app = web.Application(client_max_size=1 << 20, handler_args={"max_field_size": _MAX_HEADER})
+    @web.middleware
+    async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except web.HTTPException as error:  # no route: `OPTIONS *`, CONNECT
+            return front.refusal(error.status, error.reason)
+
+    app = web.Application(client_max_size=1 << 20, middlewares=[errors_as_json])
+    app[http.CONNECTIONS] = Connections(front.most_connections, front.refusal, fallbacks)
     app.on_response_prepare.append(http.mark_begun)
 
     def statistics() -> dict[str, Any]:
@@ -181,7 +202,7 @@ def create(front: Front, upstream: ProxyUpstream, fallbacks: Fallbacks) -> web.A
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/v1/status", status)
     app.router.add_get("/metrics", metrics.handler("dadi_registry_proxy", statistics))
-    app.router.add_route("*", "/{path:.*}", front.handle)
+    app.router.add_route("*", "/{path:.*}", front.handle, expect_handler=_expect)
     return app
 
 
@@ -194,10 +215,19 @@ def _numbers(tree: dict[str, Any]) -> dict[str, Any]:
 # ---- what is read of a request
 
 
+async def _expect(request: web.Request) -> None:
+    """Say nothing to `Expect: 100-continue`: who is refused need not send a body. `uploads.py` says it."""
+
+
 def _check_shape(request: web.Request) -> None:
-    """Raise InvalidRequest for what a program behind or before us could understand differently."""
+    """Raise InvalidRequest for what a program behind or before us could understand differently; Unsupported."""
     if request.version < HttpVersion10:
         raise InvalidRequest("a request of HTTP/0.9")
+    coding = request.headers.get("Transfer-Encoding")
+    if coding is not None and (request.version == HttpVersion10 or request.method in ("GET", "HEAD")):
+        raise InvalidRequest(f"a {request.method} with a Transfer-Encoding, where none belongs")
+    if coding is not None and coding.strip().lower() != "chunked":
+        raise Unsupported("a Transfer-Encoding that is more than chunked")
     for name in _ONCE:
         if len(request.headers.getall(name, ())) > 1:
             raise InvalidRequest(f"the header {name} is given more than once")
@@ -247,14 +277,14 @@ def _next(request: web.Request, ns: str | None, found: Document) -> str:
 _UNKNOWN = {Kind.MANIFEST: "MANIFEST_UNKNOWN", Kind.BLOB: "BLOB_UNKNOWN"}
 
 
-def _problem(error: DadiError, route: Route | None) -> web.Response:
+def _problem(error: DadiError, route: Route | None, shown: str) -> web.Response:
     """Return what the specification has for an error (its "Error Codes"); clients go on to the next mirror by it."""
     headers: dict[str, str] = {}
     match error:
         case LoginRequired():
             code, status = "UNAUTHORIZED", 401
             if error.challenge:
-                headers["WWW-Authenticate"] = error.challenge
+                headers["WWW-Authenticate"] = _met(error.challenge, shown)
         case AccessDenied():
             code, status = "DENIED", 403
         case NotFound():
@@ -273,6 +303,18 @@ def _problem(error: DadiError, route: Route | None) -> web.Response:
         case _:
             code, status = "UNKNOWN", max(error.status, 500)
     return _errors(code, error.message, error.hint, status, headers)
+
+
+def _met(challenge: str, authorization: str) -> str:
+    """Return the challenge for who has shown a token that was refused.
+
+    podman asks for tokens by what a repository is called here, REGISTRY/NAME, and once more by the scope that it hears
+    of in this way. (RFC 6750, 3.1; containers/image.)
+    """
+    bearer = authorization[:7].lower() == challenge[:7].lower() == "bearer "
+    if bearer and "scope=" in challenge and "error=" not in challenge:
+        return f'{challenge},error="insufficient_scope"'
+    return challenge
 
 
 def _invalid(error: InvalidRequest, route: Route | None) -> str:

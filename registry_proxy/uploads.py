@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit
 
-from aiohttp import web
+from aiohttp import HttpVersion10, web
 
 from dadi.errors import DadiError, InvalidRequest, Malformed
 from dadi.oci.config import RegistryConfig
@@ -20,9 +20,10 @@ from dadi.oci.outgoing import Body, SourceFailed
 from dadi.oci.reference import Reference
 from dadi.oci.retry import Clock
 from dadi.oci.transport import Transport
+from registry_proxy import paths
 from registry_proxy.paths import Kind, Route
 
-_TO_REGISTRY = ("Content-Type", "Content-Range", "If-Match", "Accept")
+_TO_REGISTRY = ("Content-Type", "Content-Encoding", "Content-Range", "If-Match", "Accept")
 _TO_CLIENT = ("Content-Type", "Range", "Docker-Content-Digest", "Docker-Upload-UUID", "OCI-Subject", "WWW-Authenticate",
               "OCI-Chunk-Min-Length", "Retry-After", "ETag")  # fmt: skip
 _MAX_ANSWER = 1 << 20
@@ -40,7 +41,7 @@ class Uploads:
         self._hosts.check_registry(repository.registry)
         base = self._hosts.base_url(repository.registry)
         url = f"{base}/v2/{repository.repository}/{_rest(route)}"
-        query = [(name, value) for name, value in request.query.items() if name != "ns"]
+        query = _query(request, repository)
         url += f"?{urlencode(query)}" if query else ""
         headers = {name: request.headers[name] for name in _TO_REGISTRY if name in request.headers}
         try:
@@ -48,7 +49,9 @@ class Uploads:
                 request.method, url, headers, authorization=request.headers.get("Authorization"),
                 body=_body_of(request), follow=False,
             ) as answer:  # fmt: skip
-                found = {name: answer.headers[name] for name in _TO_CLIENT if name in answer.headers}
+                said = {name: answer.headers.get(name, "") for name in _TO_CLIENT}
+                # Bytes that are no text could not be sent on.
+                found = {name: text for name, text in said.items() if text and text.isprintable()}
                 if location := answer.headers.get("Location"):
                     found["Location"] = self._location(location, url, base, request, repository)
                 raw = b""
@@ -62,10 +65,13 @@ class Uploads:
             raise InvalidRequest(what, hint="push again") from None
 
     def _location(self, location: str, url: str, base: str, request: web.Request, repository: Reference) -> str:
-        target = urljoin(url, location)
+        try:
+            target = urljoin(url, location)
+            parts = urlsplit(target)
+        except ValueError:
+            raise Malformed(f"{repository.registry} sends a Location that is no URL") from None
         if len(target) > 16 << 10 or not target.isascii() or not target.isprintable():
             raise Malformed(f"{repository.registry} sends a Location that is no URL")
-        parts = urlsplit(target)
         own = f"/v2/{repository.repository}/"
         if origin_of(target) != origin_of(base) or not parts.path.startswith(own):
             return target
@@ -85,10 +91,29 @@ def _body_of(request: web.Request) -> Body | None:
         return Body(0, b"") if request.method in ("POST", "PUT", "PATCH") else None
 
     async def pieces() -> AsyncIterator[bytes]:
+        if request.headers.get("Expect", "").lower() == "100-continue" and request.version > HttpVersion10:
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0  # none of the answer yet
         async for piece in request.content.iter_any():
             yield piece
 
     return Body(request.content_length, pieces)
+
+
+def _query(request: web.Request, repository: Reference) -> list[tuple[str, str]]:
+    """Return what the registry is asked with. `from` names a repository as the client knows it, as the path does.
+
+    A blob of another registry is not there to be mounted, whatever is called the same: then it is pushed. (OCI
+    distribution specification, "Mounting a blob from another repository".)
+    """
+    query = [(name, value) for name, value in request.query.items() if name != "ns"]
+    known_as = request.query.get("from")
+    if known_as is None:
+        return query
+    source = paths.repository(known_as, request.query.get("ns"), repository.registry)
+    if source.registry != repository.registry:
+        return [(name, value) for name, value in query if name not in ("from", "mount")]
+    return [(name, source.repository if name == "from" else value) for name, value in query]
 
 
 def _rest(route: Route) -> str:

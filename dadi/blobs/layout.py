@@ -7,7 +7,9 @@
     STORE/blobs/HEX/data            the bytes, sparse, padded with zeros to a multiple of 4096 (PAD)
     STORE/blobs/HEX/table           8 bytes "DADIBLB1", then MessagePack of `Blob`
     STORE/blobs/HEX/present         a byte a chunk: 1 present, 0 not; absent when complete (who has both is)
-    STORE/blobs/HEX/complete        empty; there once all of `data` was hashed and synced
+    STORE/blobs/HEX/complete        there once all of `data` was hashed and synced; 16 bytes: xxh3-128 of `table`, which
+                                    says nothing wrong of bytes that are right, to whoever is given it; or empty, as
+                                    older versions left it
 
 HEX is the blob's SHA-256. `table` is made durable before the first chunk is kept, `data` before `complete`. After an
 unclean stop the ones in `present` are claims: each chunk is hashed again before it is believed.
@@ -22,6 +24,7 @@ from pathlib import Path
 
 import msgspec
 import structlog
+from xxhash import xxh3_128_digest
 
 from dadi.errors import DadiError, Malformed
 from dadi.index.chunks import Blob
@@ -108,9 +111,8 @@ class BlobDirectory:
         write_durably(self.table, MAGIC + msgspec.msgpack.encode(blob))
 
     def mark_complete(self) -> None:
-        """Write `complete` durably; the data must be synced before."""
-        self.complete.touch(mode=0o600)
-        sync_directory(self.path)
+        """Write `complete` durably; the data must be synced before, and the table be written."""
+        write_durably(self.complete, xxh3_128_digest(self.table.read_bytes()))
         self.present.unlink(missing_ok=True)
 
     def read(self) -> tuple[Blob, bytearray | None]:
@@ -124,6 +126,8 @@ class BlobDirectory:
             blob = _decoder.decode(memoryview(raw)[len(MAGIC) :])
             blob.table.check()
             complete = self.complete.exists()
+            if complete and self.complete.read_bytes() not in (b"", xxh3_128_digest(raw)):
+                raise Malformed(f"{self.table} has been damaged")
             present = None if complete else bytearray(self.present.read_bytes())
             size = self.data.stat().st_size
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError, DadiError) as error:

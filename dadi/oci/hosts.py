@@ -31,6 +31,9 @@ _PREFIX = re.compile(r"[a-z0-9]+(?:[._/-]+[a-z0-9]+)*")
 _NUMERIC = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)\.?")
 _URL = re.compile(r"[\x21-\x7e]{1,16384}")
 _NAME = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?|[0-9a-f:.]*:[0-9a-f:.]*")
+_NAT64, _COMPATIBLE = ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("::/96")
+_SITE_LOCAL = ipaddress.IPv6Network("64:ff9b:1::/48"), ipaddress.IPv6Network("fec0::/10")
+"""Of one network too, though Python calls them global (RFC 8215, RFC 3879)."""
 _DEFAULT_PORT = {"https": 443, "http": 80}
 
 Origin = tuple[str, str, int]
@@ -202,13 +205,23 @@ def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         ip = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
         return None
-    return (ip.ipv4_mapped or ip) if isinstance(ip, ipaddress.IPv6Address) else ip
+    return _v4_within(ip) if isinstance(ip, ipaddress.IPv6Address) else ip
+
+
+def _v4_within(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Return where an address leads: mapped, 6to4, NAT64 and IPv4-compatible ones lead to the IPv4 in them.
+
+    (RFC 4291, 2.5.5; RFC 3056; RFC 6052.)
+    """
+    if ip in _NAT64 or (ip in _COMPATIBLE and int(ip) >> 16):
+        return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    return ip.ipv4_mapped or ip.sixtofour or ip
 
 
 def _is_sensitive(name: str) -> bool:
     """Whether a host is this machine or an address that the internet does not lead to, in any spelling."""
     ip = _ip(name)
     if ip is not None:
-        return not ip.is_global
+        return not ip.is_global or any(ip in network for network in _SITE_LOCAL)
     # 127.1, 0x7f000001 and 2130706433 are addresses too, for the resolvers that like old spellings.
     return name.rstrip(".") == "localhost" or name.rstrip(".").endswith(".localhost") or bool(_NUMERIC.fullmatch(name))

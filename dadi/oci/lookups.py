@@ -94,6 +94,8 @@ class Lookups:
                 method, url = "HEAD", endpoint.url(ref, f"manifests/{ref.identifier}")
                 headers = {"Accept": media_types.ACCEPT}
             async with self._transport.open(method, url, headers) as answer:
+                if answer.status == 429 or answer.status >= 500:  # it says nothing of who may
+                    raise await answer.error(f"how {registry} meets strangers", endpoint.host)
                 if answer.status != 401 or not answer.at_home:
                     return None
                 said = answer.headers.getall("WWW-Authenticate", ())

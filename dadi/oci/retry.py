@@ -14,6 +14,8 @@ from collections.abc import Awaitable, Callable
 
 from dadi.errors import DadiError, DigestMismatch, Unavailable
 
+_LATER = "try again in a while; if it lasts, look after the registry, and the way to it"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Clock:
@@ -73,6 +75,7 @@ class Patience:
         allowed = self._retries if error.retryable else min(1, self._retries)
         if not (error.retryable or isinstance(error, DigestMismatch)):
             raise error
+        error.hint = error.hint or _LATER
         if self.failures > allowed:
             if self.failures > 1:
                 error.message = f"{error.message}; gave up after {self.failures} attempts"

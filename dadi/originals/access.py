@@ -14,6 +14,7 @@ clients that were used in the last minutes.
 
 from __future__ import annotations
 
+import copy
 import time
 import weakref
 from collections import OrderedDict
@@ -24,7 +25,7 @@ from dadi.fallbacks import Fallbacks
 from dadi.oci.credentials import FixedCredentials
 from dadi.oci.reference import Reference
 from dadi.oci.registry import RegistryClient
-from dadi.originals.away import Away, CallerFlights, slow
+from dadi.originals.away import Away, CallerFlights
 from dadi.originals.caller import ANYBODY, Caller
 from dadi.originals.challenges import Challenges
 from dadi.originals.config import OriginalsConfig
@@ -38,7 +39,7 @@ _REFUSED_FOR = 5.0
 _MOST_CLIENTS = 256
 _CLIENT_FOR = 300.0
 """Seconds that a client, with its caller's credentials and tokens, is kept after its last use: those of one pull."""
-_MOST_VERDICTS = 100_000
+_MOST_VERDICTS, _MOST_REFUSED = 100_000, 10_000
 _PUBLIC = "public "
 _Key = tuple[str, str]
 """Repository with its registry, and the caller's key."""
@@ -59,7 +60,7 @@ class Access:
         self._granted: OrderedDict[_Key, float] = OrderedDict()
         """When the registry last accepted whom."""
         self._refused: OrderedDict[_Key, tuple[float, DadiError]] = OrderedDict()
-        """Until when a refusal is believed, and what it was."""
+        """Until when a refusal is believed, and what it was: never raised itself, since tracebacks hold callers."""
         self._dropped: weakref.WeakSet[RegistryClient] = weakref.WeakSet()
         """Clients that somebody may still be using: closed at the end."""
         self._clients: Remembered[_Key, RegistryClient] = Remembered(
@@ -145,22 +146,16 @@ class Access:
         if self._is_granted(ref, caller, self._config.access_ttl):
             return
         if self._is_refused(ref, caller):
-            raise self._refused[key][1]
+            raise copy.copy(self._refused[key][1])
         old = self._is_granted(ref, caller, self._config.stale)
-        limit = self._away.limit(ref.registry, old=old or hasty)
+        work = lambda: self._ask(ref, caller, probe)  # noqa: E731
         try:
-            if old and self._away.is_away(ref.registry):
-                raise Unavailable(f"{ref.registry} did not answer a moment ago")
             # By what is asked, too: that one thing is missing there says nothing to who wants another.
-            await self._flights.join((*key, str(ref)), lambda: self._ask(ref, caller, probe), limit)
-        except (Unavailable, TimeoutError) as error:
-            late = slow(ref.registry, limit)
-            if isinstance(error, TimeoutError) and not hasty:
-                self._away.failed(ref.registry)
+            await self._away.ask(self._flights, ref.registry, (*key, str(ref)), work, old=old, hasty=hasty)
+        except Unavailable as error:
             if not old:
-                raise (late if isinstance(error, TimeoutError) else error) from None
-            why = error.message if isinstance(error, Unavailable) else late.message
-            self._fallbacks.note("registry away, an earlier permission holds", f"{ref.name}: {why}")
+                raise
+            self._fallbacks.note("registry away, an earlier permission holds", f"{ref.name}: {error.message}")
 
     async def _ask(self, ref: Reference, caller: Caller, probe: Probe) -> None:
         self.asked += 1
@@ -198,8 +193,10 @@ class Access:
             error = LoginRequired(error.message, hint=error.hint, challenge=challenge)
         # While somebody's credentials are refused for a moment, that everybody is, is believed for longer.
         for_ = _REFUSED_FOR if caller.authorization else max(_REFUSED_FOR, self._config.access_ttl)
-        self._refused[ref.name, caller.key] = (self._clock() + for_, error)
-        if len(self._refused) > _MOST_VERDICTS:
+        now = self._clock()
+        self._refused.pop((ref.name, caller.key), None)
+        self._refused[ref.name, caller.key] = (now + for_, copy.copy(error))
+        while len(self._refused) > _MOST_REFUSED or next(iter(self._refused.values()))[0] < now:
             self._refused.popitem(last=False)
         return error
 

@@ -2,7 +2,8 @@
 
 The bytes go into an ingest of the store (a file) while they are hashed, as a whole and chunk by chunk; readers follow
 in that file. So a reader may begin late, want a part only, be slow, or go away, and the fetch does not notice. A chunk
-table comes out at the end, by which others can be served piece by piece.
+table comes out at the end, by which others can be served piece by piece. Where the disk is full in the middle, each
+reader goes on with a stream of its own.
 
 Nobody is given the last byte that he wants before the whole has been verified: there is no smaller unit that could be.
 What is wrong as a whole is thrown away, and all readers get the error.
@@ -20,10 +21,10 @@ from typing import Any
 import structlog
 
 from dadi.blobs.disk import DiskBlobs
-from dadi.errors import DadiError, DigestMismatch, Unavailable
+from dadi.errors import DadiError, DigestMismatch, StoreFull, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import DEFAULT_CHUNK_SIZE, Blob, ChunkHashes
-from dadi.originals.original import OriginalPart, Stream, Whole
+from dadi.originals.original import OriginalPart, Passing, Stream, Whole
 
 log = structlog.get_logger()
 
@@ -76,6 +77,11 @@ class Arriving:
         self.readers += 1
         try:
             while offset < end:
+                if isinstance(self.error, StoreFull):
+                    async with contextlib.aclosing(self._anew(offset, end)) as parts:
+                        async for part in parts:
+                            yield part
+                    return
                 if self.error is not None:
                     raise self.error
                 moved = self._moved
@@ -88,6 +94,23 @@ class Arriving:
         finally:
             self.readers -= 1
             self._close_if_unused()
+
+    async def _anew(self, offset: int, end: int) -> AsyncGenerator[OriginalPart, None]:
+        """Yield the bytes [offset, end) from a stream of their own: the store had no room for the rest.
+
+        What this reader has been given was not verified: it is compared with what that stream begins with, which is.
+        """
+        self._fallbacks.note("blob passes by, no room to keep it", f"{self.digest}, from {offset} bytes on")
+        at, passing = 0, Passing(self.digest, self.size, self._stream)
+        async with contextlib.aclosing(passing.parts(0, end)) as parts:
+            async for part in parts:
+                assert part.data is not None
+                count = max(0, min(offset - at, part.length))
+                if count and await asyncio.to_thread(os.pread, self._fd, count, at) != part.data[:count]:
+                    raise DigestMismatch(f"{self.digest} came with other bytes the second time", source="registry")
+                at += part.length
+                if count < part.length:
+                    yield OriginalPart(-1, 0, part.length - count, part.data[count:])
 
     def _left(self) -> Whole:
         """Return what has become of it, once it is closed; raise what went wrong."""

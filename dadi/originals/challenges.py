@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from dadi.errors import Unavailable
-from dadi.originals.away import Away, CallerFlights, slow
+from dadi.originals.away import Away, CallerFlights
 from dadi.originals.config import OriginalsConfig
 
 _MOST = 10_000
@@ -40,19 +40,20 @@ class Challenges:
         if age is not None and age <= self._config.access_ttl:
             return known
         usable = age is not None and age <= self._config.stale
-        if usable and self._away.is_away(registry):
-            return known
-        limit = self._away.limit(registry, old=usable)
         try:
-            return await self._flights.join(name, lambda: self._ask(name, ask), limit)
-        except (Unavailable, TimeoutError) as error:
-            self._away.failed(registry)
+            work = lambda: self._ask(registry, name, ask)  # noqa: E731
+            return await self._away.ask(self._flights, registry, name, work, old=usable)
+        except Unavailable:
             if usable:
                 return known
-            raise (slow(registry, limit) if isinstance(error, TimeoutError) else error) from None
+            raise
 
-    async def _ask(self, name: str, ask: Callable[[], Coroutine[Any, Any, str | None]]) -> str | None:
-        found = await ask()
+    async def _ask(self, registry: str, name: str, ask: Callable[[], Coroutine[Any, Any, str | None]]) -> str | None:
+        try:
+            found = await ask()
+        except Unavailable:
+            self._away.failed(registry)
+            raise
         self._known[name] = (self._clock(), found)
         self._known.move_to_end(name)
         if len(self._known) > _MOST:

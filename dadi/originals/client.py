@@ -35,18 +35,18 @@ from dadi.blobs.kept import Kept
 from dadi.blobs.single_flight import SingleFlight
 from dadi.blobs.source import Source, Urgency
 from dadi.blobs.verified import Verified
-from dadi.errors import AccessDenied, DadiError, DigestMismatch, Malformed, NotFound, Unavailable, Unreachable
+from dadi.errors import AccessDenied, DadiError, DigestMismatch, Malformed, NotFound, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
 from dadi.oci.reference import Reference
 from dadi.originals.asked import Asked, AskedFor
 from dadi.originals.caller import Caller
 from dadi.originals.documents import Document
+from dadi.originals.inquiry import Inquiry
 from dadi.originals.intake import Intake
 from dadi.originals.messages import MOST_WAIT, NEXT, SMALL, STALE, OriginalAnswer
 from dadi.originals.original import Awaited, Chunked, Original, Passing, check_size
 from dadi.originals.waiting import Waiting
-from dadi.peers.shown import HEADER
 from dadi.peers.superpeers import Superpeers
 from dadi.tls import Tls
 
@@ -93,6 +93,7 @@ class FromSuperpeers:
         self._store = store
         self._fallbacks = fallbacks
         self._session = http.client(connect=connect, read=read, tls=tls)
+        self._inquiry = Inquiry(self._known, self._session, fallbacks, tls)
         self._intake = Intake(store, fallbacks, time.time)
         self._asked = Asked()
         upstream: Source = Verified("superpeers", self)
@@ -108,22 +109,23 @@ class FromSuperpeers:
 
     async def manifest(self, ref: Reference, caller: Caller) -> Document:
         """See `Originals.manifest`."""
-        found = await self._document("manifests", str(ref), {}, caller)
+        found = await self._document("manifests", ref, {}, caller)
         if found.digest != digests.of(found.raw) or ref.digest not in (None, found.digest):
             raise DigestMismatch(f"the manifest of {ref} from a superpeer is not what its digest says")
         return found
 
     async def tags(self, ref: Reference, parameters: dict[str, str], caller: Caller) -> Document:
         """See `Originals.tags`."""
-        return await self._document("tags", str(ref), parameters, caller)
+        return await self._document("tags", ref, parameters, caller)
 
     async def referrers(self, ref: Reference, artifact_type: str, caller: Caller) -> Document:
         """See `Originals.referrers`."""
-        return await self._document("referrers", str(ref), {"artifact_type": artifact_type}, caller)
+        return await self._document("referrers", ref, {"artifact_type": artifact_type}, caller)
 
-    async def _document(self, kind: str, reference: str, parameters: dict[str, str], caller: Caller) -> Document:
-        parameters = {"reference": reference, **parameters}
-        async with self._ask(reference, f"/v1/{kind}", parameters, caller) as response:
+    async def _document(self, kind: str, ref: Reference, parameters: dict[str, str], caller: Caller) -> Document:
+        """Ask the superpeer of the repository: what a tag leads to is asked for by its digest next."""
+        parameters = {"reference": str(ref), **parameters}
+        async with self._inquiry.ask(ref.name, f"/v1/{kind}", parameters, caller) as response:
             raw = await _body(response, _MAX_DOCUMENT)
             headers = response.headers
             stale = headers.get(STALE, "")
@@ -133,7 +135,7 @@ class FromSuperpeers:
 
     async def challenge(self, registry: str) -> str | None:
         """See `RegistryClient.challenge`."""
-        async with self._ask(registry, "/v1/challenge", {"registry": registry}, Caller()) as response:
+        async with self._inquiry.ask(registry, "/v1/challenge", {"registry": registry}, Caller()) as response:
             raw = await _body(response, _MAX_DOCUMENT)
         try:
             return _challenge.decode(raw).get("challenge")
@@ -182,7 +184,7 @@ class FromSuperpeers:
     async def _ask_about(self, ref: Reference, digest: str, caller: Caller, more: dict[str, str]) -> OriginalAnswer:
         here = self._store.has(digest)
         parameters = {"reference": str(ref), **more, **({"table": "no"} if here else {})}
-        async with self._ask(digest, f"/v1/original/{digest}/table", parameters, caller) as response:
+        async with self._inquiry.ask(digest, f"/v1/original/{digest}/table", parameters, caller) as response:
             raw = await _body(response, _MAX_TABLE)
         said = decode_answer(raw, digest)
         blob = self._store.find(digest) if here and said.proven else said.blob
@@ -272,11 +274,14 @@ class FromSuperpeers:
     async def _read_for(self, asker: AskedFor, blob: Blob, chunks: range) -> list[bytes]:
         offset, length = blob.table.span(chunks)
         last = offset + length - 1
-        async with self._ask(blob.digest, f"/v1/original/{blob.digest}", {"reference": str(asker.ref)}, asker.caller,
-                             {"Range": f"bytes={offset}-{last}"}) as response:  # fmt: skip
+        headers, parameters = {"Range": f"bytes={offset}-{last}"}, {"reference": str(asker.ref)}
+        async with self._inquiry.ask(blob.digest, f"/v1/original/{blob.digest}", parameters, asker.caller,
+                                     headers) as response:  # fmt: skip
             _check_range(response, offset, last, blob.size)
-            parts = [await response.content.readexactly(blob.table.extent(chunk)[1]) for chunk in chunks]
-            if await response.content.read(1):
+            async with self._inquiry.watched(response):
+                parts = [await response.content.readexactly(blob.table.extent(chunk)[1]) for chunk in chunks]
+                more = await response.content.read(1)
+            if more:
                 raise DigestMismatch("a superpeer sent more than the range it was asked for", source="superpeers")
             return parts
 
@@ -292,10 +297,10 @@ class FromSuperpeers:
             while at < size:
                 try:
                     headers, parameters = {"Range": f"bytes={at}-{size - 1}"}, {"reference": str(asker.ref)}
-                    async with self._ask(digest, f"/v1/original/{digest}", parameters, asker.caller, headers,
-                                         first=tries) as response:  # fmt: skip
+                    async with self._inquiry.ask(digest, f"/v1/original/{digest}", parameters, asker.caller, headers,
+                                                 first=tries) as response:  # fmt: skip
                         _check_range(response, at, size - 1, size)
-                        async for piece in response.content.iter_any():
+                        while piece := await self._inquiry.piece(response):
                             at += len(piece)
                             if at > size:
                                 raise DigestMismatch(f"a superpeer sent more than {size} bytes of {digest}")
@@ -318,35 +323,6 @@ class FromSuperpeers:
                         raise
                     self._fallbacks.note("original broken off, gone on", str(error))
 
-    # ---- asking
-
-    @contextlib.asynccontextmanager
-    async def _ask(self, key: str, path: str, parameters: dict[str, str], caller: Caller,
-                   headers: dict[str, str] | None = None, *, first: int = 0
-                   ) -> AsyncIterator[aiohttp.ClientResponse]:  # fmt: skip
-        """Ask the superpeer that owns `key`, or who stands in for it where it cannot be reached."""
-        sent = dict(headers or {})
-        if caller.authorization:
-            sent[HEADER] = caller.authorization
-        await self._known.ready()
-        urls = self._known.to_ask(key)
-        urls = urls[first % len(urls) :] + urls[: first % len(urls)]
-        for place, url in enumerate(urls):
-            answered = False
-            try:
-                what = f"asking for {key}"
-                async with (
-                    self._known.asking(url),
-                    http.request(self._session, "GET", url + path, what, params=parameters, headers=sent) as response,
-                ):
-                    answered = True
-                    yield response
-                    return
-            except Unreachable as error:
-                if answered or place + 1 == len(urls):
-                    raise
-                self._fallbacks.note("superpeer passed over", f"{url}: {error}")
-
     def statistics(self) -> dict[str, Any]:
         """Return counts for status and metrics."""
         chunks = {"local_bytes": self._kept.local_bytes, "fetched_bytes": self._kept.fetched_bytes,
@@ -358,6 +334,7 @@ class FromSuperpeers:
         await self._intake.close()
         await self._chunks.close()
         self._asked.close()
+        await self._inquiry.close()
         await self._session.close()
         if self._owns_known:
             await self._known.close()

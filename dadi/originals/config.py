@@ -43,6 +43,11 @@ class FrontConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     uploads: Annotated[
         Literal["refuse", "pass"], described("what is pushed: refused, or passed on to the registry")
     ] = "refuse"
+    most_connections: Annotated[
+        int,
+        described("connections at a time; beyond it idle ones are closed, and who comes is refused if all are busy",
+                  at_least=1),
+    ] = 4096  # fmt: skip
     login: Annotated[
         bool,
         described("answer /v2/ as the upstream does: clients that only look there then show their credentials"),

@@ -22,7 +22,7 @@ from dadi import digest as digests
 from dadi.blobs.store import BlobStore
 from dadi.errors import DadiError, NotFound, StoreFull, Unavailable
 from dadi.fallbacks import Fallbacks
-from dadi.originals.away import Away, CallerFlights, slow
+from dadi.originals.away import Away, CallerFlights
 from dadi.originals.config import OriginalsConfig
 from dadi.originals.records import Record, Records
 
@@ -99,22 +99,15 @@ class Documents:
         else:
             record = None
         usable = record is not None and self._records.age(record) <= self._config.stale
-        limit = self._away.limit(registry, old=usable)
+        work = lambda: self._refresh(registry, key, record, fetch, revalidate)  # noqa: E731
         try:
-            if usable and self._away.is_away(registry):
-                raise Unavailable(f"{registry} did not answer a moment ago")
-            work = lambda: self._refresh(registry, key, record, fetch, revalidate)  # noqa: E731
-            return await self._flights.join((key, changed), work, limit, who=who)
-        except (Unavailable, TimeoutError) as error:
-            late = slow(registry, limit)
-            if isinstance(error, TimeoutError):
-                self._away.failed(registry)
+            return await self._away.ask(self._flights, registry, (key, changed), work, old=usable, who=who)
+        except Unavailable as error:
             found = await self._given(record, stale=True) if record is not None and usable else None
             if found is None:
-                raise (late if isinstance(error, TimeoutError) else error) from None
-            why = error.message if isinstance(error, Unavailable) else late.message
+                raise
             self.stale += 1
-            self._fallbacks.note("registry away, answered from the cache", f"{key}: {why}")
+            self._fallbacks.note("registry away, answered from the cache", f"{key}: {error.message}")
             return found
 
     def changed(self, of: str) -> None:

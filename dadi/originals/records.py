@@ -28,6 +28,17 @@ from dadi.blobs.layout import remove_or_log, write_durably
 log = structlog.get_logger()
 
 
+_BEGAN = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def steady() -> float:
+    """Return seconds since 1970, counted on from what the clock said when this program began, also while suspended.
+
+    A clock that is put back would make old answers young again, and those of today older than what is known.
+    """
+    return _BEGAN + time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class Record(msgspec.Struct, frozen=True):
     """One fact. `checked_at`: seconds since 1970 when the registry last said so."""
 
@@ -42,7 +53,7 @@ class Record(msgspec.Struct, frozen=True):
 class Records:
     """At most `most` records below `directory`; those that were looked at or confirmed last stay."""
 
-    def __init__(self, directory: Path, *, most: int, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, directory: Path, *, most: int, clock: Callable[[], float] = steady) -> None:
         self._directory = directory
         self._most = most
         self._clock = clock
@@ -55,10 +66,14 @@ class Records:
         return len(self._records)
 
     async def load(self) -> None:
-        """Read what earlier runs left; what is damaged is dropped: the registry can be asked again."""
-        found = await asyncio.to_thread(self._load)
+        """Read what earlier runs left; what is damaged is dropped: the registry can be asked again.
+
+        What is from a clock that was ahead of ours is taken for new, or it would be believed until ours is there.
+        """
+        found, now = await asyncio.to_thread(self._load), self._clock()
         for record in sorted(found, key=lambda record: record.checked_at):
-            self._records[record.key] = record
+            at = min(record.checked_at, now)
+            self._records[record.key] = msgspec.structs.replace(record, checked_at=at)
 
     def _load(self) -> list[Record]:
         self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)

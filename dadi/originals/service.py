@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlencode
 
 import msgspec
 
 from dadi import digest as digests
 from dadi.blobs.disk import DiskBlobs
-from dadi.errors import AccessDenied, NotFound
+from dadi.errors import AccessDenied, NotFound, StoreFull, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
 from dadi.oci import index_document, media_types
@@ -34,14 +33,16 @@ from dadi.originals import lists
 from dadi.originals.access import Access
 from dadi.originals.arriving import Arriving
 from dadi.originals.away import Away, CallerFlights, slow
-from dadi.originals.caller import Caller
+from dadi.originals.caller import ANYBODY, Caller
 from dadi.originals.config import OriginalsConfig
 from dadi.originals.documents import Document, Documents, Fetched
 from dadi.originals.fetching import Fetch
 from dadi.originals.intake import Intake
 from dadi.originals.original import Awaited, Chunked, EitherOr, Original, check_size, whole_of
 from dadi.originals.proven import Known, Proven, registry_of
-from dadi.originals.records import Records
+from dadi.originals.records import Records, steady
+
+T = TypeVar("T")
 
 _DOUBTED_FOR = 1.0
 """Seconds between two questions for the size of a blob of which wrong bytes came."""
@@ -54,7 +55,7 @@ class Originals:
 
     def __init__(self, config: OriginalsConfig, state: Path, store: DiskBlobs, registry: RegistryClient,
                  fallbacks: Fallbacks, *, packed: Packed | None = None, known: Known = lambda digest: (),
-                 lend: bool | None = None, clock: Callable[[], float] = time.time) -> None:  # fmt: skip
+                 lend: bool | None = None, clock: Callable[[], float] = steady) -> None:  # fmt: skip
         """`lend`: as `config.lend_credentials`, which it overrides."""
         if lend is not None:
             config = msgspec.structs.replace(config, lend_credentials=lend)
@@ -89,6 +90,9 @@ class Originals:
 
         Raises what `RegistryClient` raises, LoginRequired.
         """
+        return await self._let_in(ref, caller, partial(self._manifest, ref))
+
+    async def _manifest(self, ref: Reference, caller: Caller) -> Document:
         key = f"manifest {ref.name}{'@' if ref.digest else ':'}{ref.identifier}"
         client = self.access.client(ref.registry, caller)
 
@@ -116,6 +120,18 @@ class Originals:
                                             who=caller.key, of=f"{ref.name}@{ref.digest}" if ref.digest else ref.name
                                             )  # fmt: skip
 
+    async def _let_in(self, ref: Reference, caller: Caller, work: Callable[[Caller], Awaitable[T]]) -> T:
+        """Do work for a caller; as anybody's where his credentials are refused for what everybody may read.
+
+        (Tokens for REGISTRY/NAME, as a repository is called at a proxy, open nothing at the registry.)
+        """
+        try:
+            return await work(caller)
+        except AccessDenied:
+            if not (caller.authorization and self.access.is_public(ref.name)):
+                raise
+        return await work(ANYBODY)
+
     @contextlib.asynccontextmanager
     async def _asking(self, ref: Reference, caller: Caller) -> AsyncIterator[None]:
         """Tell who was let in before and is refused now what the registry wants to see."""
@@ -130,6 +146,9 @@ class Originals:
 
     async def tags(self, ref: Reference, parameters: dict[str, str], caller: Caller) -> Document:
         """Return a page of the repository's tags, as JSON; `parameters` are n and last."""
+        return await self._let_in(ref, caller, partial(self._tags, ref, parameters))
+
+    async def _tags(self, ref: Reference, parameters: dict[str, str], caller: Caller) -> Document:
         key = f"tags {ref.name} {urlencode(sorted(parameters.items()))}"
 
         async def fetch(asker: RegistryClient) -> Fetched:
@@ -147,6 +166,9 @@ class Originals:
 
     async def referrers(self, ref: Reference, artifact_type: str, caller: Caller) -> Document:
         """Return the index of what has the reference's digest as its subject, of one artifact type if that is given."""
+        return await self._let_in(ref, caller, partial(self._referrers, ref, artifact_type))
+
+    async def _referrers(self, ref: Reference, artifact_type: str, caller: Caller) -> Document:
         assert ref.digest is not None
         digest = ref.digest
         client = self.access.client(ref.registry, caller)
@@ -178,8 +200,19 @@ class Originals:
         self.documents.changed(f"{ref.name}@{ref.digest}")
 
     async def challenge(self, registry: str) -> str | None:
-        """Return how a registry meets whom it does not know (WWW-Authenticate); None: it lets him in."""
-        return await self.access.challenge(registry)
+        """Return how a registry meets whom it does not know (WWW-Authenticate); None: it lets him in.
+
+        None, too, while it is away, if nobody can bring a token then: what everybody may read is given without.
+        """
+        try:
+            found = await self.access.challenge(registry)
+            if not (found and found[:7].lower() == "bearer " and self._away.is_away(registry)):
+                return found
+            why = "it would send for tokens"
+        except Unavailable as error:
+            why = error.message
+        self._fallbacks.note("registry away, nobody is asked to log in", f"{registry}: {why}")
+        return None
 
     # ---- blobs
 
@@ -194,6 +227,9 @@ class Originals:
     async def size(self, ref: Reference, digest: str, caller: Caller) -> int:
         """Return how many bytes a blob of the repository has, if the caller may have it. Raises as `blob` does."""
         ref = Reference(ref.registry, ref.repository).at(digest)
+        return await self._let_in(ref, caller, partial(self._size, ref, digest))
+
+    async def _size(self, ref: Reference, digest: str, caller: Caller) -> int:
         key = f"blob {ref.name}@{digest}"
 
         async def ask(asker: RegistryClient) -> None:
@@ -263,6 +299,8 @@ class Originals:
             intake = self._proving.setdefault(ref.registry, Intake(self.store, self._fallbacks, self._clock))
         fetch = Fetch(ref, descriptor)
         fetch.add(ref, caller.key, self.access.client(ref.registry, caller))
+        if self.access.is_public(ref.name):
+            fetch.add(ref, ANYBODY.key, self.access.client(ref.registry, ANYBODY))
 
         def verified() -> None:
             self.proven.came(digest, fetch.name)
@@ -293,7 +331,8 @@ class Originals:
                     pass
             original = self.intake.arriving(digest)
         if isinstance(original, Arriving):
-            await original.settled()
+            with contextlib.suppress(StoreFull):  # it passes by, to each who asks for it
+                await original.settled()
 
     async def head(self, ref: Reference, digest: str, offset: int, most: int) -> bytes:
         """Return at most `most` bytes at `offset` of a blob that is arriving; they are not verified yet."""

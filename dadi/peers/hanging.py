@@ -6,7 +6,8 @@
 A first byte may take minutes: a layer is streamed from its registry. A process that is stopped, or starved, takes
 connections and requests all the same, by its kernel; without this each request would wait for all of `read.stall`.
 Requests to one superpeer share one look. One that was away is looked at before it is asked anything (`first`): only an
-answer at once counts. Peers need none of this: they say that they wait (`tries.py`).
+answer at once counts. Where nobody else can be asked, `looks` in a row must fail: it may have much to do. Peers need
+none of this: they say that they wait (`tries.py`).
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ class Hanging:
         self._looks: dict[str, asyncio.Task[bool]] = {}
 
     @contextlib.asynccontextmanager
-    async def watched(self, url: str, *, first: bool = False) -> AsyncIterator[None]:
+    async def watched(self, url: str, *, first: bool = False, looks: int = 1) -> AsyncIterator[None]:
         """Around a request to a superpeer; raises Unreachable inside once it is known to hang.
 
-        `first`: look before; raises Unreachable at once unless it is well.
+        `first`: look before; raises Unreachable at once unless it is well. `looks`: after so many without an answer.
         """
         loop = asyncio.get_running_loop()
         if first:
@@ -54,7 +55,7 @@ class Hanging:
 
         def begin() -> None:
             nonlocal watch
-            watch = loop.create_task(self._watch(url, limit))
+            watch = loop.create_task(self._watch(url, limit, looks))
 
         timer = loop.call_later(SILENT, begin)
         try:
@@ -70,9 +71,11 @@ class Hanging:
             if watch is not None:
                 watch.cancel()
 
-    async def _watch(self, url: str, limit: asyncio.Timeout) -> None:
+    async def _watch(self, url: str, limit: asyncio.Timeout, looks: int) -> None:
+        silent = 0
         while True:
-            if not await asyncio.shield(self._look(url)):
+            silent = 0 if await asyncio.shield(self._look(url)) else silent + 1
+            if silent >= looks:
                 limit.reschedule(asyncio.get_running_loop().time())
                 return
             await asyncio.sleep(SILENT)

@@ -51,7 +51,7 @@ class Resolver:
 
     async def _again(self, digest: str, error: NotFound) -> bool:
         image = self._tokens.image_with(digest)
-        if image is None:
+        if image is None or image[1] in self._tokens.renew_by:  # of a plain pull: that is no image
             return False
         task = self._under_way.get(image)
         if task is None:

@@ -28,6 +28,7 @@ from dadi.index.decompress import uncompressed
 from dadi.node.config import NodeConfig
 from dadi.node.kernel import parse_mountinfo
 from dadi.oci import challenge, index_document, kubelet, link, manifest, media_types, platforms, retry
+from dadi.oci.config import RegistryConfig
 from dadi.oci.hosts import Hosts
 from dadi.oci.reference import Reference, parse_registry
 from dadi.originals import byte_range, caller
@@ -39,7 +40,7 @@ from dadi.prefetch import manifests, messages, nodes, trace, trace_artifact, tra
 from dadi.snapshotter import filters
 from dadi.wire import EventReader, error_in
 from fuse import state, wire
-from registry_proxy import paths
+from registry_proxy import paths, uploads
 from registry_proxy.config import ProxyConfig
 from superpeer.adopting import decode_told
 from superpeer.config import SuperpeerConfig
@@ -55,6 +56,9 @@ class Target(NamedTuple):
 
 
 _NO_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
+_UPLOADS = uploads.Uploads(RegistryConfig())
 
 
 def check(name: str, data: bytes) -> None:
@@ -118,6 +122,20 @@ def _proxy_path(data: bytes) -> None:
     route = paths.split(path)
     repository = paths.repository(route.name, rest or None, "registry.example")
     paths.identified(repository, route.identifier)
+
+
+def _upload_location(data: bytes) -> None:
+    """It leads to us by the name that the client knows, or to somebody whom the client asks by himself."""
+    asked = cast("Any", SimpleNamespace(raw_path="/v2/r.example/a/b/blobs/uploads/?ns=x", query={"ns": "x"}))
+    base = "https://r.example"
+    found = _UPLOADS._location(_text(data), f"{base}/v2/a/b/blobs/uploads/", base, asked, Reference("r.example", "a/b"))
+    assert found.startswith(("/v2/r.example/a/b/", "http://", "https://")), found
+
+
+def _mount(data: bytes) -> None:
+    asked = cast("Any", SimpleNamespace(query={"mount": seeds.D, "from": _text(data)}))
+    found = dict(uploads._query(asked, Reference("r.example", "a/b")))
+    assert not found or Reference.parse(f"r.example/{found['from']}").repository == found["from"]
 
 
 def _events(data: bytes) -> None:
@@ -221,6 +239,8 @@ TARGETS: dict[str, Target] = {
     "events": Target(_events, (seeds.EVENTS,)),
     "error-body": Target(error_in, (b'{"error":"denied","message":"x"}',)),
     "proxy-path": Target(_proxy_path, (b"/v2/a/b/manifests/1?docker.io", b"/v2/a/blobs/sha256:" + b"0" * 64)),
+    "upload-location": Target(_upload_location, (b"/v2/a/b/blobs/uploads/1?_state=x%2F", b"https://store.example/x")),
+    "mount": Target(_mount, (b"r.example/a/c", b"a/c", b"other.example/a/c")),
     "range": Target(lambda data: byte_range.parse(_text(data), 1000), (b"bytes=1-2", b"bytes=-5")),
     "proxy-caller": Target(lambda data: caller.parse(_text(data)), (b"Basic YTpi", b"Bearer x")),
     "www-authenticate": Target(

@@ -206,6 +206,20 @@ async def test_through_a_superpeer_the_base_is_asked_for_once_too(tmp_path: Path
     assert [seen.path for seen in private.seen] == ["/v2/"]
 
 
+async def test_through_two_superpeers_a_tag_and_its_digest_are_one_request(tmp_path: Path) -> None:
+    async with (
+        FakeRegistry() as registry,
+        running(tmp_path / "a", registry.host) as one,
+        running(tmp_path / "b", registry.host) as other,
+        proxied(tmp_path / "p", registry.host, superpeers=(one.url, other.url)) as proxy,
+    ):
+        for tag in map(str, range(8)):
+            digest = registry.add_image("team/app", tag, [tag.encode()])["digest"]
+            for name in (tag, digest):
+                assert (await proxy.get(f"/v2/team/app/manifests/{name}"))[0].headers["Docker-Content-Digest"] == digest
+        assert [seen.path[-1] for seen in registry.seen] == [*map(str, range(8))]
+
+
 # ---- what is not what it says
 
 

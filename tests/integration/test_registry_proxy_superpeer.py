@@ -180,7 +180,7 @@ async def test_stale_documents_are_marked_through_the_superpeer(tmp_path: Path, 
         await proxy.get(MANIFEST)
         registry.script("/v2/", *[status(503)] * 99)
         response, _ = await proxy.get(MANIFEST)
-        assert (response.status, response.headers["Warning"][:3]) == (200, "110")
+        assert (response.status, response.headers["Warning"][:3]) == (200, "299")
 
 
 async def test_a_superpeer_that_breaks_off_is_asked_for_the_rest(tmp_path: Path, registry: FakeRegistry) -> None:
@@ -333,7 +333,7 @@ async def test_a_seek_table_that_lies_cuts_the_pull_off_and_is_withdrawn(
             assert response.status != 200 or body == image.layers[0]
         _, body = await proxy.get(f"/v2/team/lazy/blobs/{digest}")
         assert body == image.layers[0], "the index was withdrawn: the layer is streamed"
-        assert "lying index thrown away" in [row["kind"] for row in run.superpeer.fallbacks.statistics()]
+        assert "index doubted, not used for a while" in [row["kind"] for row in run.superpeer.fallbacks.statistics()]
 
 
 async def test_another_registrys_word_opens_nothing_through_a_superpeer(tmp_path: Path) -> None:

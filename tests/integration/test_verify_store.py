@@ -127,6 +127,7 @@ async def test_a_damaged_table_over_right_bytes_is_thrown_away_unless_it_is_in_u
     damaged = ChunkTable(BLOB.size, C, bytes(32) + BLOB.table.digests[32:])
     directory = BlobDirectory.of(tmp_path / "store", BLOB.digest)
     await asyncio.to_thread(directory.write_table, Blob(BLOB.digest, damaged))
+    await asyncio.to_thread(directory.complete.write_bytes, b"")  # as a version before this one left it
     store = DiskBlobs(tmp_path / "store")
     known = store.find(BLOB.digest)
     assert known is not None
@@ -137,6 +138,21 @@ async def test_a_damaged_table_over_right_bytes_is_thrown_away_unless_it_is_in_u
     (checked,) = await found(store)
     assert checked.why.endswith("thrown away")
     assert store.find(BLOB.digest) is None
+    await store.close()
+
+
+async def test_a_table_that_was_damaged_is_not_believed_after_a_restart(tmp_path: Path) -> None:
+    """Its bytes may be right, but whoever was given the table would find them wrong, again and again."""
+    store = DiskBlobs(tmp_path / "store")
+    await take_in(store, DATA)
+    await store.close()
+    flip(BlobDirectory.of(tmp_path / "store", BLOB.digest).table, 200)
+    store = DiskBlobs(tmp_path / "store")
+    assert store.find(BLOB.digest) is None
+    await take_in(store, DATA)
+    await store.close()
+    store = DiskBlobs(tmp_path / "store")
+    assert store.has(BLOB.digest)
     await store.close()
 
 

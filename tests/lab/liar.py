@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from aiohttp import web
 from dadi.index import image as image_index
 
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
+Find = Callable[[aiohttp.ClientSession, str, str, str], Awaitable[tuple[dict[str, int], dict[str, str]]]]
+"""Returns the sizes of blobs, and the headers that let us into their trees; it gets superpeer, IMAGE and PLATFORM."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -29,11 +31,11 @@ def main(arguments: Sequence[str]) -> None:
 
 
 async def lie(superpeer: str, image: str, platform: str, own: str, port: str, zone: str, rack: str, slots: str,
-              result: str, answers: type[Answers] | None = None) -> None:  # fmt: skip
-    """Join, and answer as `answers` does."""
+              result: str, answers: type[Answers] | None = None, find: Find | None = None) -> None:  # fmt: skip
+    """Join, and answer as `answers` does; of the blobs that `find` finds, else of those of the image."""
     peer = {"id": own, "address": f"0.0.0.0:{port}", "zone": zone, "rack": rack, "slots": int(slots)}
     async with aiohttp.ClientSession() as session:
-        blobs, headers = await _blobs(session, superpeer, image, platform)
+        blobs, headers = await (find or _blobs)(session, superpeer, image, platform)
         app = web.Application()
         app.router.add_get("/v1/blobs/{digest}", (answers or Answers)(blobs, Path(result)).handle)
         runner = web.AppRunner(app, access_log=None)

@@ -13,7 +13,8 @@ from dadi.oci.hosts import MAX_REDIRECTS, Hosts, origin_of, split_host
 
 LOCAL = ["localhost", "a.localhost", "127.0.0.1", "127.8.8.8", "10.0.0.1", "192.168.1.1", "172.16.0.1",
          "169.254.169.254", "100.64.0.1", "0.0.0.0", "[::1]", "[::]", "[fe80::1]", "[fd00:ec2::254]",
-         "[::ffff:127.0.0.1]", "[::ffff:10.0.0.1]"]  # fmt: skip
+         "[::ffff:127.0.0.1]", "[::ffff:10.0.0.1]", "[64:ff9b::7f00:1]", "[64:ff9b:1::1]", "[2002:a00:1::]",
+         "[::10.0.0.1]", "[fec0::1]"]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ class TestTogether:
         warm.total, warm.done = 1000, 700
         assert summed((await looks_at(together, one, one=7)).images) == (37, {"ready", "warm", "one"})
         one.state = warm.state = State.READY
-        together.ended(one)
+        together.ended()
         assert together._needs == {}
         assert summed((await looks_at(together, job("alone"), alone=1)).images) == (1, {"alone"})
 
@@ -189,7 +189,7 @@ class TestTogether:
             together.knows(each, Needs({}, 600))
         jobs.remove(gone)
         one.state = State.READY
-        together.ended(one)
+        together.ended()
         assert together._needs == {}
 
     async def test_a_mate_that_never_comes_is_waited_for_less_without_a_deadline(

@@ -13,12 +13,13 @@ from dadi.fallbacks import Fallbacks
 from dadi.oci.config import RegistryConfig
 from dadi.oci.reference import Reference
 from dadi.oci.registry import RegistryClient
-from dadi.originals import away
+from dadi.originals import access, away
 from dadi.originals.access import Access
 from dadi.originals.away import Away
 from dadi.originals.caller import ANYBODY, Caller
 from dadi.originals.config import OriginalsConfig
 from dadi.originals.records import Records
+from tests.lab.waiting import until
 
 REF = Reference.parse("reg.example/team/app:1")
 ANNE, BOB = Caller("Bearer anne"), Caller("Bearer bob")
@@ -97,6 +98,29 @@ async def test_a_refusal_is_believed_for_a_moment(site: Site) -> None:
     site.registry.allowed = {BOB.key}
     site.now += 6
     await site.check(BOB)
+
+
+async def test_a_refusal_that_many_are_told_holds_on_to_none_of_them(site: Site) -> None:
+    depths = []
+    for _ in range(20):
+        with pytest.raises(LoginRequired) as caught:
+            await site.check(BOB)
+        assert caught.value.challenge.startswith("Bearer realm=")
+        depths.append(len(caught.traceback))
+    assert max(depths[1:]) <= depths[0], "no traceback is of all who were told"
+    assert [error.__traceback__ for _, error in site.access._refused.values()] == [None, None]
+
+
+async def test_refusals_are_forgotten_in_time_and_in_number(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "_MOST_REFUSED", 10)
+    for number in range(30):
+        with pytest.raises(LoginRequired):
+            await site.check(Caller(f"Bearer {number}"))
+        assert len(site.access._refused) <= 10
+    site.now += 100
+    with pytest.raises(LoginRequired):
+        await site.check(ANYBODY)
+    assert [*site.access._refused] == [(REF.name, "")]
 
 
 async def test_an_old_yes_holds_while_the_registry_is_away_and_a_no_never_becomes_one(site: Site) -> None:
@@ -201,6 +225,20 @@ async def test_who_was_not_accepted_is_told_in_time_that_the_registry_hangs(hang
         while not hanging.access._granted:
             await asyncio.sleep(0.005)
     await hanging.check(ANNE)
+
+
+async def test_who_was_accepted_is_looked_at_again_though_others_find_the_registry_away(hanging: Hanging) -> None:
+    hanging.registry.allowed = {ANNE.key}
+    await hanging.check(ANNE)
+    hanging.registry.allowed.clear()
+    hanging.now += 100
+    for _ in range(4):
+        hanging.access._away.failed(REF.registry)  # for somebody, again and again
+        await hanging.check(ANNE)
+        hanging.now += 2
+    await until(lambda: not hanging.access._flights._flights)
+    with pytest.raises(LoginRequired):
+        await hanging.check(ANNE)
 
 
 async def test_what_everybody_may_read_is_served_while_the_registry_hangs(hanging: Hanging) -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from dadi import digest as digests
 from dadi.blobs.disk import DiskBlobs
-from dadi.errors import DadiError, DigestMismatch, Unavailable
+from dadi.blobs.ingest import DiskIngest
+from dadi.errors import DadiError, DigestMismatch, StoreFull, Unavailable
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob, table_of
 from dadi.originals.arriving import Arriving
@@ -243,3 +244,40 @@ async def test_who_finds_a_blob_in_the_store_may_rely_on_its_having_been_told_of
     assert seen.is_set()
     assert told == ["verified"], "once"
     await intake.close()
+
+
+@pytest.mark.parametrize("again", ["the same", "other bytes"])
+async def test_readers_go_on_with_streams_of_their_own_when_the_disk_is_full_in_the_middle(
+    store: DiskBlobs, monkeypatch: pytest.MonkeyPatch, again: str
+) -> None:
+    """And are cut off if what they have been given, unverified, is not what those begin with."""
+    first = DATA if again == "the same" else b"?" + DATA[1:]
+    streams = iter([Stream(pieces_of(first)), Stream(pieces_of(DATA)), Stream(pieces_of(DATA))])
+    begun: list[Stream] = []
+
+    def stream() -> AsyncGenerator[bytes, None]:
+        begun.append(next(streams))
+        begun[-1].go(3 if len(begun) == 1 else 10)
+        return begun[-1]()
+
+    write, room = DiskIngest.write, asyncio.Event()
+
+    def full(ingest: DiskIngest, data: bytes) -> None:
+        if room.is_set():
+            raise StoreFull("no space left")
+        write(ingest, data)
+
+    monkeypatch.setattr(DiskIngest, "write", full)
+    blob = Arriving(store, DIGEST, len(DATA), stream, Fallbacks(), lambda _: None)
+    readers = [asyncio.create_task(read(blob)), asyncio.create_task(read(blob, 250_000, 500_000))]
+    while blob.here < 300_000:
+        await asyncio.sleep(0)
+    room.set()
+    begun[0].go()
+    found = await asyncio.gather(*readers, return_exceptions=True)
+    if again == "the same":
+        assert found == [DATA, DATA[250_000:750_000]]
+    else:
+        assert isinstance(found[0], DigestMismatch)
+    assert all(one.closed for one in begun)
+    assert not list((store.root / "incoming").iterdir())

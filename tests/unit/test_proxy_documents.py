@@ -1,8 +1,10 @@
-"""Tags that are pushed while the registry is asked about them: nobody believes later what it said before."""
+"""Tags: pushed while the registry is asked about them; while it fails for others; when the clock is put back."""
 
 from __future__ import annotations
 
 import asyncio
+import importlib.util
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -15,7 +17,9 @@ from dadi.fallbacks import Fallbacks
 from dadi.originals.away import Away
 from dadi.originals.config import OriginalsConfig
 from dadi.originals.documents import Documents, Fetched
-from dadi.originals.records import Records
+from dadi.originals.records import Records, steady
+from dadi.originals.service import Originals
+from tests.lab.waiting import until
 
 NAME, KEY = "reg.example/team/app", "manifest reg.example/team/app:1"
 
@@ -24,8 +28,8 @@ class Site:
     def __init__(self, directory: Path, store: DiskBlobs) -> None:
         self.now = 1000.0
         self.records = Records(directory / "originals", most=100, clock=lambda: self.now)
-        away = Away(patience=5.0, clock=lambda: self.now)
-        self.documents = Documents(store, self.records, OriginalsConfig(), away, Fallbacks())
+        self.absent = Away(patience=5.0, clock=lambda: self.now)
+        self.documents = Documents(store, self.records, OriginalsConfig(), self.absent, Fallbacks())
         self.tag = b"old"
         self.answers = asyncio.Event()
         self.answers.set()
@@ -96,3 +100,65 @@ async def test_a_push_takes_nothing_away_where_the_registry_cannot_be_asked(site
     site.away = True
     found = await site.documents.get("reg.example", KEY, site._fetch, of=NAME)
     assert (found.raw, found.stale) == (b"old", 2.0)
+
+
+# ---- a registry that is away for others
+
+
+async def test_what_fails_for_others_again_and_again_keeps_no_tag_old(site: Site) -> None:
+    await site.get()
+    site.now += 100
+    site.tag = b"new"
+    found = []
+    for _ in range(6):
+        site.absent.failed("reg.example")
+        found.append(await site.get())
+        site.now += 2
+        await until(lambda: not site.documents._flights._flights)
+    assert (found[0], found[-1]) == (b"old", b"new")
+    assert site.asked == 2
+
+
+async def test_while_it_is_away_one_looks_and_nobody_waits(site: Site) -> None:
+    await site.get()
+    site.now += 100
+    site.absent.failed("reg.example")
+    site.now += 6
+    site.answers.clear()
+    async with asyncio.timeout(4):  # less than its patience
+        assert set(await asyncio.gather(*(site.get() for _ in range(100)))) == {b"old"}
+    assert site.asked == 2
+
+
+# ---- clocks
+
+
+async def test_time_does_not_go_back_with_the_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wall = 1.7e9
+    monkeypatch.setattr(time, "time", lambda: wall)
+    spec = importlib.util.find_spec("dadi.originals.records")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)  # as a program has it that has just begun
+    records = module.Records(tmp_path, most=10)
+    record = await records.learn("manifest a:1", digests.of(b""), 0)
+    assert wall <= record.checked_at < wall + 3600
+    wall -= 86400
+    assert records.age(record) > 0, "it would be young for a day"
+    assert (await records.learn("manifest a:1", digests.of(b"new"), 3, asked_at=records.now())).size == 3
+    defaults = Originals.__init__.__kwdefaults__
+    assert defaults is not None
+    assert defaults["clock"] is steady
+
+
+async def test_what_a_clock_that_was_ahead_has_left_is_believed_no_longer_than_what_is_new(tmp_path: Path) -> None:
+    now = 1e9
+    ahead, right = (Records(tmp_path, most=10, clock=clock) for clock in (lambda: 9e9, lambda: now))
+    await ahead.learn("manifest a:1", digests.of(b"old"), 3)
+    await right.load()
+    now += 61
+    record = right.find("manifest a:1")
+    assert record is not None
+    assert right.age(record) == 61
+    assert (await right.learn("manifest a:1", digests.of(b"new"), 3, asked_at=now)).digest == digests.of(b"new")
