@@ -40,7 +40,9 @@ from tests import failure_paths
 from tests.lab.cleanup import Interrupted, mounts_below, signals_as_exceptions
 
 ROOT = Path(__file__).resolve().parents[1]
-ENGINES = ("tests/system/test_convert_tools.py", "tests/system/test_proxy_tools.py")
+ENGINES = (
+    "tests/system/test_convert_tools.py", "tests/system/test_docker_mirror.py", "tests/system/test_proxy_tools.py",
+)  # fmt: skip
 FIRST = ("tests/system", "tests/faults")
 SLOWEST = 15
 COVERAGE = "--coverage"

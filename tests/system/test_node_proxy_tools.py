@@ -1,8 +1,8 @@
 """Engines as they are in Debian pull through the proxy inside a `dadi-node`, by the lines of the README.
 
 podman, containerd and skopeo, against docker-registry, with passwords and without; docker-registry itself as a mirror
-of ours, which is Docker's own client library. Docker and CRI-O are not there to be run: Docker asks for the same paths
-as docker-registry does, CRI-O is of podman's libraries.
+of ours, which is Docker's own client library. Docker has a file of its own (`test_docker_mirror.py`); CRI-O, which is
+of podman's libraries, is not there to be run.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from pathlib import Path
 
 import pytest
 
+from dadi.containerd import mirror_check
 from tests.lab import images
 from tests.lab.cleanup import Lab
 from tests.lab.containerd import Containerd
+from tests.lab.cri import Cri
 from tests.lab.network import Host, Network
 from tests.lab.oci_layout import Image
 from tests.lab.processes import REPOSITORY, Node, Superpeer, unix_get
@@ -196,11 +198,12 @@ def test_podman_shows_the_mirror_what_it_was_given_for_the_mirror(site: Site) ->
     reference = site.fresh(2, site.private, "--dest-creds", f"{USER}:{PASSWORD}")
     conf = registries_conf(site, site.private)
     assert site.podman(conf, "pull", reference, check=False).returncode != 0, "nobody has logged in"
-    site.podman(conf, "login", "--tls-verify=false", "-u", USER, "-p", PASSWORD, MIRROR)
+    behind = f"{MIRROR}/{name_of(site.private)}"
+    site.podman(conf, "login", "--tls-verify=false", "-u", USER, "-p", PASSWORD, behind)
     try:
         site.podman(conf, "pull", reference)
     finally:
-        site.podman(conf, "logout", MIRROR)
+        site.podman(conf, "logout", behind)
     assert site.copies(2, site.private) == 1.0
     layer = site.images[2].layers[0].blob.digest
     assert site.get(f"/v2/{name_of(site.private)}/lab/fresh-2/blobs/{layer}")[0] == 401, "cached, and still private"
@@ -211,6 +214,27 @@ def test_containerd_pulls_by_the_default_file(site: Site) -> None:
     reference = site.fresh(3)
     site.containerd.ctr("images", "pull", "--hosts-dir", site.hosts_dir("certs-default"), reference)
     assert site.copies(3) == 1.0
+
+
+def test_kubernetes_pulls_by_the_default_file_and_doctor_says_that_it_does(site: Site) -> None:
+    """By CRI, which has to be told of certs.d."""
+    reference = site.fresh(13)
+    certs = site.hosts_dir("certs-cri", site.open)
+    config = f'[plugins."io.containerd.grpc.v1.cri".registry]\nconfig_path = "{certs}"\n'
+    served = site.node.status()["proxy"]["served"]["bytes"]
+    containerd = Containerd(site.lab, site.host, "cri", config=config, cri=True)
+    try:
+        with Cri(containerd.socket) as client:
+            client.pull(reference)
+            assert client.image(reference) is not None
+        rows = site.host.inside(lambda: mirror_check.probe(str(containerd.socket), certs, ""))
+        assert [row.detail for row in rows] == [f"http://{MIRROR} answers", f"yes, by {certs}"]
+        rows = site.host.inside(lambda: mirror_check.probe(str(containerd.socket), site.hosts_dir("certs-other"), ""))
+        assert rows[1].detail.startswith("no: ")
+    finally:
+        containerd.stop()
+    assert site.node.status()["proxy"]["served"]["bytes"] > served, "not past the proxy"
+    assert site.copies(13) == 1.0
 
 
 def test_containerd_pulls_a_private_image_with_the_passwords_of_the_pull(site: Site) -> None:
@@ -297,7 +321,7 @@ def test_what_is_here_is_served_while_the_registry_is_away_and_said_so(site: Sit
         site.podman(conf, "pull", reference)
         status, headers, _ = site.get(f"/v2/{name_of(site.open)}/lab/fresh-8/manifests/1")
         assert status == 200
-        assert headers["Warning"].startswith("110 ")
+        assert headers["Warning"].startswith("299 - ")
         assert int(headers["Age"]) >= 0
         assert site.get(f"/v2/{name_of(site.open)}/lab/fresh-8/manifests/2")[0] == 503
     finally:
