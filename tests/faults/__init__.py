@@ -7,6 +7,7 @@
     supply.py    registry, the door before it that can be made faulty, images with known content: once for all
     scene.py     superpeers, nodes and mounts of one case (or of several that share a `Setting`)
     load.py      readers, processes of their own (reader.py), which compare each byte; what they count
+    engines.py   in place of readers, for plain pulls, through the proxies of fleet.py: a "read" is a pull
     frame.py     Case, Bounds, and how one is run; table.py: the rows for people and programs
 
 **How a case is written.** In a module of its own kind (`registries.py`, `peers.py` …, listed in `frame.MODULES`), a

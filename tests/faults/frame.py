@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dadi.errors import DadiError
+from tests.faults.engines import Engines
 from tests.faults.load import Counts, Load
 from tests.faults.scene import Node, Scene, Setting
 from tests.faults.supply import Supply
@@ -24,8 +25,10 @@ from tests.lab.cleanup import Lab
 from tests.lab.forking import Forks
 from tests.lab.processes import LabFailed
 
-MODULES: tuple[str, ...] = ("nodes", "superpeers", "registries", "peers", "disks", "power", "limits", "last_resort")
+MODULES: tuple[str, ...] = ("nodes", "superpeers", "registries", "peers", "disks", "power", "limits", "last_resort",
+                            "pulls", "pulls_ill")  # fmt: skip
 """Where the cases are, in the table's order."""
+_PROGRAMS = ("superpeer.main", "registry_proxy.main", "tests.faults.bad_peer", "tests.faults.bad_original")
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Run:
         self.layers = scene.take(case.layers)
         self.note = ""
         """What else the row should say."""
-        self._loads: list[Load] = []
+        self._loads: list[Load | Engines] = []
 
     def pick(self, short: Any, long: Any) -> Any:
         """Return one of the two, by the form that is run."""
@@ -96,6 +99,10 @@ class Run:
         load = Load(self.scene.lab, name, files, seed=self.chance.randrange(1 << 30), end=end, **options)
         self._loads.append(load)
         return load
+
+    def count(self, load: Engines) -> None:
+        """Let what somebody else counts be the case's, too."""
+        self._loads.append(load)
 
     def wait_for(self, true: Callable[[], bool], limit: float, what: str) -> None:
         """Poll until `true`; OSError means "not yet". Raises LabFailed."""
@@ -171,7 +178,7 @@ class Stage:
         if self._scene is None:
             if self._lab is None:
                 self._lab = self._exits.enter_context(Lab("stage", self._base))
-                self._forks = self._exits.enter_context(Forks(self._lab, ("superpeer.main", "tests.faults.bad_peer")))
+                self._forks = self._exits.enter_context(Forks(self._lab, _PROGRAMS))
             self._scenes += 1
             self._scene = Scene(self._lab, self._forks, self._supply, case.setting, f"s{self._scenes}")
         return self._scene

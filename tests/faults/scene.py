@@ -187,6 +187,8 @@ class Scene:
         self.urls = [f"http://127.0.0.1:{port}" for port in free_ports(setting.superpeers)]
         self.superpeers = [Superpeer(self, number, self.urls) for number in range(setting.superpeers)]
         self.nodes = [Node(self, f"node{number}", self.urls) for number in range(setting.nodes)]
+        self.others: list[Daemon] = []
+        """What else a case has started for those after it, too."""
         for daemon in (*self.superpeers, *self.nodes):
             daemon.begin()
         for daemon in (*self.superpeers, *self.nodes):
@@ -204,17 +206,10 @@ class Scene:
         first, self._taken = self._taken, self._taken + layers
         return range(first, self._taken)
 
-    def add_node(self, name: str) -> Node:
-        """Start another node; it has nothing mounted yet."""
-        node = Node(self, name, self.urls)
-        node.start()
-        self.nodes.append(node)
-        return node
-
     def warnings(self, most: int = 12) -> str:
         """Return the last warnings and errors in the logs, for people."""
         lines = []
-        for daemon in (*self.superpeers, *self.nodes):
+        for daemon in (*self.superpeers, *self.nodes, *self.others):
             events = daemon.process.events() if daemon.process else []
             bad = [event for event in events if event.get("level") in ("warning", "error", "critical")]
             lines += [f"{daemon.name}: {json.dumps(event)[:600]}" for event in bad[-most:]]
@@ -231,7 +226,7 @@ class Scene:
                     node.unmount(Path(row["directory"]), force=True)
                 except DadiError as error:
                     found.append(f"{node.name}: {error}")
-        ends = [(daemon.name, daemon.stop()) for daemon in (*self.nodes, *self.superpeers)]
+        ends = [(daemon.name, daemon.stop()) for daemon in (*self.nodes, *self.others, *self.superpeers)]
         found += [f"{name} ended with status {status}" for name, status in ends if status]
         found += until_nothing(self.leftovers)
         return found
