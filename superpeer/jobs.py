@@ -232,7 +232,7 @@ class Prefetcher:
         if self._tasks.get(job.id) is task:
             del self._tasks[job.id]
             self.rates.end(job)
-            self.together.ended(job)
+            self.together.ended()
             self.secrets.forget(job.id)
             self.tries.forget(job)
             for pace in self._paces.pop(job.id, ()):

@@ -143,8 +143,12 @@ class Together:
             self._needs[job.id] = needs, _part_left(job)
         return self._sums(job, {job.id: needs}).images
 
-    def ended(self, job: Job) -> None:
-        """A job is over: forget what those of batches needed of which nothing is under way any more."""
+    def under_way_with(self, job: Job) -> list[Job]:
+        """Return the other jobs of its batch that are not over."""
+        return [each for each in self._members(job.request.batch) if each.id != job.id and not each.state.is_over]
+
+    def ended(self) -> None:
+        """Forget what jobs needed of whose batch nothing is under way any more."""
         jobs = list(self._jobs())
         under_way = {each.request.batch for each in jobs if not each.state.is_over}
         keep = {each.id for each in jobs if each.request.batch in under_way}

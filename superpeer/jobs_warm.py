@@ -33,7 +33,7 @@ from dadi.prefetch.plan import Wanted
 from superpeer.catalog import ImageRecord
 from superpeer.jobs_pace import Pace, Sleep, Slots
 from superpeer.jobs_ready import Shares
-from superpeer.jobs_room import Room
+from superpeer.jobs_room import Needs, Room
 from superpeer.jobs_together import Together
 from superpeer.siblings import bounded
 
@@ -49,6 +49,8 @@ _POLL = 0.5
 """Seconds between two looks at what a sibling has."""
 PATIENCE = 10.0
 """Seconds that a sibling may be away, or not know of the job, before others do its part."""
+_LOOKS = 4
+"""At what fits, before what does not is refused."""
 _MOST_TOLD = 4 << 20
 
 
@@ -222,7 +224,7 @@ class Warming:
         job.stage = "fetching"
         needs = await self._room.needs(job, {})  # it is known exactly now
         job.registry, job.total = needs.registry, 0  # nothing of that has come yet
-        self.note(await self._room.check(job, self._together.knows(job, needs)))
+        self.note(await self._fits(needs))
         mine, note = await self._shares.of(record, job.request.scope)
         if note:
             self.note(note)
@@ -236,6 +238,27 @@ class Warming:
         log.info("warming", image=reference, job=job.id, bytes=job.total, missing=job.total - job.done)
         await self._each([(wanted, runs) for wanted, runs in lacking if not wanted.place], self._owned)
         await self._each([(wanted, runs) for wanted, runs in lacking if wanted.place], self._stood_in_for)
+
+    async def _fits(self, needs: Needs) -> str:
+        """Do as `Room.check` for all of the batch, while others of it are being brought.
+
+        What those have brought since they last said so, or are just writing, would count twice: before one is refused
+        they are looked at, and looked at again.
+        """
+        job, together, catalog = self._job, self._together, self._superpeer.catalog
+        looks = 0
+        while True:
+            try:
+                return await self._room.check(job, together.knows(job, needs))
+            except StoreFull:
+                mates, looks = together.under_way_with(job), looks + 1
+                if not mates or looks == _LOOKS:
+                    raise
+            await self._sleep(_POLL)
+            for mate in mates:
+                if catalog.by_manifest(mate.manifest_digest, Reference.parse(mate.request.reference).name) is not None:
+                    together.knows(mate, await self._room.needs(mate, {}))
+            needs = await self._room.needs(job, {})
 
     async def _each(
         self, work: list[tuple[Wanted, list[range]]], bring: Callable[[Wanted, range], Awaitable[None]]

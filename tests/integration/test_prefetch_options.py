@@ -185,9 +185,11 @@ async def test_images_that_fit_alone_and_not_together_are_all_refused_before_any
         assert {job.state for job in run.superpeer.prefetch.jobs()} == {State.FAILED}
         assert run.superpeer.lazy.statistics()["bytes"] == 0
         assert (await dadi(names[0], *whom)).exit_code == 0, "alone it does"
-    async with one(tmp_path / "larger", registry, limit=1_650_000) as (run, whom):
+    # Once it is 1,433,405 bytes, twice 1,838,460; what comes while it is reckoned counts on both sides for a moment.
+    async with one(tmp_path / "larger", registry, limit=1_800_000) as (run, whom):
         done = await dadi(*names, *whom)
-        assert done.exit_code == 0, "the layer that both have counts once"
+        errors = [job.error for job in run.superpeer.prefetch.jobs()]
+        assert done.exit_code == 0, f"the layer that both have counts once: {errors}"
 
 
 async def until_one_is_ready(run: Running) -> None:
