@@ -177,13 +177,19 @@ def plot(bench: Bench, path: Path) -> None:
     pyplot.close(figure)
 
 
+_OF_ONE_RUN = ("load when written", "date")
+
+
 def summary(directory: Path = RESULTS) -> str:
     """Write and return README.md: the machine, then every table that is there, from its latest run."""
     records = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
     text = "# Measurements\n\nWritten by `make bench`. Ratios are ours to theirs, turned so that more is better.\n"
     if records:
-        text += "\n" + "".join(f"- {key}: {value}\n" for key, value in records[-1]["machine"].items())
-    text += "".join(f"\n{(directory / (r['name'] + '.md')).read_text()}" for r in records)
+        common = {key: value for key, value in records[-1]["machine"].items() if key not in _OF_ONE_RUN}
+        text += "\n" + "".join(f"- {key}: {value}\n" for key, value in common.items())
+    for r in records:
+        text += f"\n{(directory / (r['name'] + '.md')).read_text()}"
+        text += f"\nWritten on {r['machine']['date']}, load {r['machine']['load when written']}.\n"
     (directory / "README.md").write_text(text)
     return text
 

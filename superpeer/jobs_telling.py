@@ -44,7 +44,9 @@ class Telling:
         for task in self.stop(job):
             task.cancel()
         request = telling(job)
-        tasks = self._tasks[job.id] = [asyncio.create_task(self._tell(url, request)) for url in siblings.others()]
+        tasks = [asyncio.create_task(self._tell(url, request)) for url in siblings.others()]
+        if tasks:
+            self._tasks[job.id] = tasks
         for task in tasks:
             task.add_done_callback(lambda done: self._told(job.id, done))
 

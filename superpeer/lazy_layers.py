@@ -237,7 +237,7 @@ class LazyLayers:
                 await self.drop(rest.layer)
             except DadiError as error:
                 # Nobody waits for the rest: whoever wants something finds out by himself what is wrong.
-                self._put_off(rest, error.message)
+                self._put_off(rest, str(error))
             except Exception as error:  # a mistake of ours must not end it for all layers
                 self._put_off(rest, repr(error))
                 # In a thread: to show a traceback is to read files.

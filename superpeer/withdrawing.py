@@ -102,7 +102,8 @@ class Withdrawing:
 
     async def _replace(self, layer: ImageLayer, lie: Lie) -> None:
         why = f"layer {layer.layer_digest}: {lie.message}"
-        self._fallbacks.note("lying index thrown away", why)
+        kind = "lying index thrown away" if lie.proven else "index doubted, not used for a while"
+        self._fallbacks.note(kind, why)
         withdrawn = self._catalog.using(layer) if layer.seek_digest else []
         layers = {each.found_index: each for _, index in withdrawn for each in index.layers if each.seek_digest}
         layers[layer.found_index] = layer
@@ -110,9 +111,8 @@ class Withdrawing:
             for record, _ in withdrawn:
                 await self._catalog.forget(record)
             for record, index in withdrawn:
-                log.error("an index in the registry lies and is thrown away", image=record.reference,
-                          artifact=index.artifact, manifest=record.manifest_digest, why=why,
-                          proven=lie.proven)  # fmt: skip
+                log.error(kind, image=record.reference, artifact=index.artifact, manifest=record.manifest_digest,
+                          why=why)  # fmt: skip
                 if lie.proven:
                     await self._refused.add(index.artifact, why)
                 else:

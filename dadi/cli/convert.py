@@ -33,7 +33,7 @@ _DEFAULT_LEVEL, _MIN_LEVEL, _MAX_LEVEL = 9, 1, 19
 _HINT = "convert into a directory, with `oci:DIR` for DST, and bring it from there later"
 
 
-@click.command()
+@click.command(short_help="Copy an image with seekable zstd layers.")
 @click.argument("src")
 @click.argument("dst")
 @click.option("--level", type=click.IntRange(_MIN_LEVEL, _MAX_LEVEL), default=_DEFAULT_LEVEL, show_default=True,

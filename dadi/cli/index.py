@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 OUTPUT_HINT = "write the index into a directory with `--output DIR`, and bring it from there later"
 
 
-@click.command()
+@click.command(short_help="Make an image's index, and push it beside it.")
 @click.argument("image", required=False, default="")
 @click.option("--oci-layout", metavar="DIR", type=click.Path(file_okay=False), help=(
     "Read layers from this OCI layout where it has them; with --output no registry is contacted at all."))

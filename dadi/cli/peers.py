@@ -13,7 +13,7 @@ from dadi.cli.client import NodeClient, as_json, node_socket
 _MOST_LINES = 200
 
 
-@click.command()
+@click.command(short_help="Show who gets an image's blobs from whom.")
 @click.argument("image")
 @node_socket
 @as_json

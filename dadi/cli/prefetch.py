@@ -92,7 +92,7 @@ def _image_options(command: F) -> F:
     return command
 
 
-@click.group(cls=_Group)
+@click.group(cls=_Group, short_help="Bring images to superpeers before a peak.")
 def prefetch() -> None:
     """Bring images to superpeers before they are wanted, and prove that they are there.
 

@@ -87,7 +87,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command()
+@click.command(short_help="Simulate how long a peak takes.")
 @_options
 @click.option("--no-trace", is_flag=True, help=(
     "No startup trace: nothing is fetched ahead, the program's reads fetch the startup set one after the other."))

@@ -20,7 +20,7 @@ from dadi.errors import ConfigError, NotFound
 from dadi.oci.reference import Reference
 
 
-@click.group()
+@click.group(short_help="Show, export, import, clear startup traces.")
 def trace() -> None:
     """What was learnt of starts of IMAGE: show it, export it, import it elsewhere, clear it.
 
