@@ -237,19 +237,20 @@ def _lying(manner: str) -> Callable[[Run], int]:
     return injure
 
 
-def _case(name: str, title: str, injure: Callable[[Run], int], bounds: Bounds) -> Case:
-    return Case(f"pulls-{name}", f"plain pulls: {title}", injure, FLEET, bounds, layers=0)
+def _case(name: str, title: str, injure: Callable[[Run], int], bounds: Bounds, *, alone: bool = False) -> Case:
+    return Case(f"pulls-{name}", f"plain pulls: {title}", injure, FLEET, bounds, layers=0, alone=alone)
 
 
 _NEVER, _SOON = Bounds(longest=30), Bounds(longest=30, failed=None)
 CASES = [
-    _case("superpeers-killed", "superpeer, then its stand-in: kill -9", superpeers_killed, _NEVER),
-    _case("superpeer-hangs", "superpeer: hangs", superpeer_hangs, _NEVER),
-    _case("both-killed", "superpeer and stand-in: kill -9", both_killed, _SOON),
-    _case("both-hang", "superpeer and stand-in: hang", both_hang, _SOON),
-    _case("proxy-killed", "the proxy: kill -9", proxy_killed, _SOON),
+    # Nodes first: for whom a superpeer was away a moment ago, its stand-in is asked, and a layer is there twice.
     _case("node-hangs", "a node that gives: hangs", node_hangs, _NEVER),
     _case("node-killed", "a node that gives: kill -9", node_killed, _NEVER),
     _case("wrong", "a peer: wrong bytes", _lying("wrong"), _NEVER),
     _case("silent", "a peer: no answer", _lying("silent"), _NEVER),
+    _case("proxy-killed", "the proxy: kill -9", proxy_killed, _SOON),
+    _case("superpeers-killed", "superpeer, then its stand-in: kill -9", superpeers_killed, _NEVER),
+    _case("superpeer-hangs", "superpeer: hangs", superpeer_hangs, _NEVER),
+    _case("both-killed", "superpeer and stand-in: kill -9", both_killed, _SOON),
+    _case("both-hang", "superpeer and stand-in: hang", both_hang, _SOON, alone=True),
 ]

@@ -26,7 +26,7 @@ from tests.lab.cleanup import Lab, loops, mounts_below
 from tests.lab.forking import Forked, Forks
 from tests.lab.processes import LabFailed, unix_get
 
-_READY = 60.0
+_READY, _STOP = 60.0, 30.0
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ class Daemon:
         raise NotImplementedError
 
     def stop(self) -> int:
-        """SIGTERM; returns its status, 0 if it was killed before."""
+        """SIGTERM; returns its status, 0 if it was killed before. How long it takes is no case's subject."""
         assert self.process is not None
-        return self.process.stop() if self.process.alive else 0
+        return self.process.stop(_STOP) if self.process.alive else 0
 
     def kill(self) -> None:
         """SIGKILL, without waiting: a node may hang in the kernel until its successor serves."""
