@@ -22,7 +22,7 @@ from aiohttp import HttpVersion10, web
 
 from dadi import http
 from dadi.blobs.sending import Piece, drained, raise_if_gone, read, send_file, transport_of
-from dadi.errors import InvalidRequest
+from dadi.errors import DadiError, InvalidRequest
 
 FIRST_PART = 16 << 10
 """Bytes of a file that leave together with what comes before them."""
@@ -79,18 +79,25 @@ class Answer(web.StreamResponse):
             before = (b"%x\r\n" % (sum(map(len, before)) + length), *before)
         first = await read(fd, offset, min(FIRST_PART, length))
         before, offset, length = (*before, first), offset + len(first), length - len(first)
+        try:
+            await self._rest_of_file(fd, offset, length, before)
+        except DadiError as error:
+            http.cut_if_begun(self._asked, error)  # whatever is written now would be taken for the file's bytes
+            raise
+        if self._chunked_body:
+            self._held = b"\r\n"  # leaves with what is written next
+
+    async def _rest_of_file(self, fd: int, offset: int, length: int, before: tuple[Piece, ...]) -> None:
         if self._fd < 0:
             await self._send(*before)
             await self._through_us(fd, offset, length)
-        else:
-            self._cork(True)  # else what is before the file is a packet of its own, as dear as 64 KiB
-            try:
-                await self._send(*before)
-                await send_file(self._asked, fd, offset, length)
-            finally:
-                self._cork(False)
-        if self._chunked_body:
-            self._held = b"\r\n"  # leaves with what is written next
+            return
+        self._cork(True)  # else what is before the file is a packet of its own, as dear as 64 KiB
+        try:
+            await self._send(*before)
+            await send_file(self._asked, fd, offset, length)
+        finally:
+            self._cork(False)
 
     async def end(self) -> None:
         """All has been written."""

@@ -90,8 +90,8 @@ class DiskBlobs:
             return
         self._closed = True
         # First let end what still writes: `present` must not become durable before its data.
-        await asyncio.to_thread(self._space.close)
         await asyncio.gather(*self._finishing, return_exceptions=True)
+        await asyncio.to_thread(self._space.close)
         partial = [stored for stored in self._space.blobs.values() if not stored.complete]
         await asyncio.to_thread(start_stop.leave, self.root, partial)
         self._lock.release()

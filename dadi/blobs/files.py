@@ -199,7 +199,7 @@ def hash_and_sync(directory: BlobDirectory, size: int) -> str:
 
 
 def complete(directory: BlobDirectory, blob: Blob) -> bool:
-    """Verify the whole, make it durable and mark it complete; False, all marks withdrawn, if it is another's bytes.
+    """Verify the whole and make it durable; False, all marks withdrawn, if it is another's bytes.
 
     Raises OSError, all marks withdrawn too: the kernel tells a failed write-back once, so the data in its cache may
     never get to the disk, and a second try would be told that all is well.
@@ -207,8 +207,6 @@ def complete(directory: BlobDirectory, blob: Blob) -> bool:
     good = False
     try:
         good = hash_and_sync(directory, blob.size) == blob.digest
-        if good:
-            directory.mark_complete()
     finally:
         if not good:
             directory.present.write_bytes(bytes(blob.table.count))

@@ -58,7 +58,8 @@ class BlobStore(Source, Protocol):
         """Hash all of a blob whose chunks are all present; make it durable and complete. Idempotent.
 
         Raises NotFound if chunks are missing, DigestMismatch if the whole is not what its digest says: then the chunk
-        table lied, and all of its chunks are missing again.
+        table lied, and all of its chunks are missing again. StoreFull, Unavailable (a broken disk) if that cannot be
+        written down.
         """
         ...
 

@@ -1,7 +1,7 @@
 """What a store says of its blobs, made true: claims hashed, the whole verified and synced, wrong bytes taken back.
 
     claims (of an unclean stop)   hashed before they are believed; what is wrong is marked as missing on the disk
-    finish                        all hashed and synced, then marked as complete: in that order (`files.complete`)
+    finish                        all hashed and synced, then marked as complete: in that order
     withdraw                      of a complete blob: the marks of its chunks first, then "complete" goes; a blob with
                                   neither would be thrown away by the next process (`files.withdraw`)
 
@@ -63,6 +63,8 @@ class Vouching:
                     f"all chunks of {blob.digest} match its chunk table, but the whole does not match its digest",
                     hint="its chunk table is wrong: unmount the images that have it, and mount them again",
                 )
+            # Where this fails nothing is lost, the data is durable. On a full disk what nobody uses goes first.
+            await self._space.writing(stored.directory, stored.directory.mark_complete)
             stored.finished()
 
     async def withdraw(self, stored: Stored, chunks: Collection[int]) -> None:

@@ -14,7 +14,7 @@ import msgspec
 from dadi import digest as digests
 from dadi.blobs.disk import DiskBlobs
 from dadi.erofs import writer as erofs
-from dadi.errors import DadiError, Malformed, TooLarge
+from dadi.errors import DadiError, Malformed, StoreFull, TooLarge
 from dadi.fallbacks import Fallbacks
 from dadi.index import image as image_index
 from dadi.index import layer as layer_index
@@ -63,7 +63,8 @@ class ImageMetadata:
         try:
             await self._store.put(data)
         except DadiError as error:
-            self._fallbacks.note("not kept: store full", str(error))
+            kind = "not kept: store full" if isinstance(error, StoreFull) else "not kept: disk failed"
+            self._fallbacks.note(kind, str(error))
         return data
 
     async def hold(self, answer: ImageAnswer, index: ImageIndex, holds: contextlib.ExitStack) -> None:

@@ -44,8 +44,8 @@ class MountRecords:
     async def write(self, record: MountRecord) -> None:
         """Keep a record, all at once. Raises StoreFull, or Unavailable where the disk is broken."""
         file = self._file(record.directory)
-        await asyncio.to_thread(self._released.forget, record.directory)
         try:
+            await asyncio.to_thread(self._released.forget, record.directory)
             await asyncio.to_thread(write_durably, file, msgspec.json.encode(record))
         except OSError as error:
             raise full_or_broken(file, error) from None

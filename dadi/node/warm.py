@@ -117,7 +117,7 @@ class Warmer:
             except DadiError as error:
                 self._fallbacks.note("prefetch failed", f"{wish.reference}: {error}")
                 manifest = Reference.parse(wish.reference).digest or ""
-                report = NodeReport(node, "failed", error.message[:300])
+                report = NodeReport(node, "failed", str(error)[:300])
             await self._tell(url, wish, manifest, report)
 
     async def _wanted(self) -> list[tuple[str, Wish]]:
@@ -162,7 +162,7 @@ class Warmer:
         return told
 
     async def _shown(self, url: str, manifest: str) -> list[Wishes]:
-        """Return what a superpeer tells who has an image's token. Raises Unavailable if nobody can renew it now."""
+        """Return what a superpeer tells who has an image's token."""
         tokens = self._client.tokens
         try:
             shown = tokens.text(manifest)
@@ -172,6 +172,8 @@ class Warmer:
                 return [await self._ask(url, tokens.headers(manifest))] if await tokens.renewed(manifest, shown) else []
         except (AccessDenied, TokenRefused):
             return []
+        except Unavailable:  # who renews it is away: what this superpeer has told holds all the same
+            return [Wishes(unsure=True)]
 
     async def _ask(self, url: str, headers: dict[str, str], registry: str = "") -> Wishes:
         node, zone, rack = self._place()

@@ -216,3 +216,36 @@ def test_a_hole_in_the_page_cache_is_found_though_both_ends_are_there(
     monkeypatch.setattr(os, "preadv", preadv)
     assert not sending._in_page_cache(-1, 0, 1 << 20)
     assert sending._in_page_cache(-1, 1 << 20, 1 << 20)
+
+
+async def test_an_error_in_the_middle_of_a_file_is_not_followed_by_what_would_be_taken_for_its_rest(file: Path) -> None:
+    fd = await asyncio.to_thread(os.open, file, os.O_RDONLY)
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        answer = Answer(request, 200, {}, chunked=True)
+        await answer.begin()
+        try:
+            await answer.file(fd, 0, SIZE + 1)
+        except DadiError:
+            await answer.write(b"an error, told where nobody would take it for one")
+        await answer.end()
+        return answer
+
+    app = web.Application()
+    app.router.add_get("/", handle)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        reader, writer = await ask(runner.addresses[0][1])
+        async with asyncio.timeout(10):
+            with contextlib.suppress(ConnectionResetError):
+                received = await reader.read()
+                while more := await reader.read(1 << 20):
+                    received += more
+                assert b"an error, told" not in received
+            assert reader.at_eof() or reader.exception() is not None, "the connection is cut"
+        writer.close()
+    finally:
+        await runner.cleanup()
+        os.close(fd)

@@ -106,6 +106,21 @@ async def test_a_whole_blob_that_cannot_be_moved_in_is_no_blob_and_leaves_no_fil
     assert await store.get((await store.put(DATA)).digest) == DATA
 
 
+@pytest.mark.parametrize(("error", "told"), [(errno.ENOSPC, StoreFull), (errno.EIO, Unavailable)])
+async def test_where_it_cannot_be_written_down_that_a_blob_is_complete_its_bytes_stay_and_it_is_finished_later(
+    store: DiskBlobs, monkeypatch: pytest.MonkeyPatch, error: int, told: type[Exception]
+) -> None:
+    await store.keep(BLOB, 0, PARTS)
+    with monkeypatch.context() as patch, store.hold(BLOB):
+        patch.setattr(BlobDirectory, "mark_complete", failing(error))
+        with pytest.raises(told):
+            await store.finish(BLOB)
+        assert await store.missing(BLOB, range(BLOB.table.count)) == []
+    assert not store.has(BLOB.digest)
+    await store.finish(BLOB)
+    assert store.has(BLOB.digest)
+
+
 async def test_a_blob_that_the_disk_does_not_let_go_vouches_for_nothing(
     store: DiskBlobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
