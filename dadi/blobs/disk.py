@@ -24,7 +24,7 @@ from pathlib import Path
 
 from dadi import locks, state_version
 from dadi.blobs import files, start_stop
-from dadi.blobs.files import CHECK_DISK, full_or_broken
+from dadi.blobs.files import CHECK_DISK
 from dadi.blobs.ingest import DiskIngest, move_in
 from dadi.blobs.layout import BlobDirectory, padded
 from dadi.blobs.source import Urgency
@@ -243,10 +243,10 @@ class DiskBlobs:
         directory = BlobDirectory.of(self.root, blob.digest)
         with self._space.reserved(blob.size):
             try:
-                await self._space.run(move_in, ingest, directory, blob)
-            except OSError as error:
+                await self._space.writing(directory, move_in, ingest, directory, blob)
+            except DadiError:
                 await self._space.run(files.remove, directory)
-                raise full_or_broken(directory.path, error) from None
+                raise
         self._space.add(Stored(directory, blob, None, trusted=True))
 
     async def _fill_from(self, stored: Stored, path: Path) -> None:

@@ -26,6 +26,8 @@ class DiskIngest:
         self.size = 0
         self._make_room = make_room
         self._limit = limit
+        self._sealed = False
+        self._moved = False
         self._lock = Lock()  # a caller that was cancelled may abort while a thread still seals
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -52,12 +54,25 @@ class DiskIngest:
     def seal(self) -> None:
         """Pad, sync and close; in a worker thread."""
         with self._lock:
-            if self._fd < 0:
-                raise Conflict("this ingest has ended")
-            os.ftruncate(self._fd, padded(self.size))
-            os.fdatasync(self._fd)
-            os.close(self._fd)
-            self._fd = -1
+            self._seal()
+
+    def _seal(self) -> None:
+        if self._fd < 0:
+            raise Conflict("this ingest has ended")
+        os.ftruncate(self._fd, padded(self.size))
+        os.fdatasync(self._fd)
+        os.close(self._fd)
+        self._fd = -1
+        self._sealed = True
+
+    def move_to(self, path: Path) -> None:
+        """Seal, and give the file its name; done once, however often it is called."""
+        with self._lock:
+            if not self._sealed:
+                self._seal()
+            if not self._moved:
+                os.rename(self.path, path)
+                self._moved = True
 
     def abort(self) -> None:
         """Throw away."""
@@ -69,10 +84,9 @@ class DiskIngest:
 
 
 def move_in(ingest: DiskIngest, directory: BlobDirectory, blob: Blob) -> None:
-    """Make an ingested file the blob, durably. Raises OSError."""
-    ingest.seal()
+    """Make an ingested file the blob, durably. Raises OSError; may be called again where that was a full disk."""
     directory.path.mkdir(mode=0o700, exist_ok=True)
-    os.rename(ingest.path, directory.data)
+    ingest.move_to(directory.data)
     directory.write_table(blob)
     directory.mark_complete()
     sync_directory(directory.path.parent)

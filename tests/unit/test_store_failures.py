@@ -106,6 +106,31 @@ async def test_a_whole_blob_that_cannot_be_moved_in_is_no_blob_and_leaves_no_fil
     assert await store.get((await store.put(DATA)).digest) == DATA
 
 
+@pytest.mark.parametrize("step", ["fdatasync", "rename", "write_table", "mark_complete"])
+async def test_a_whole_blob_that_meets_a_full_disk_on_its_last_steps_takes_the_place_of_one_in_nobodys_use(
+    store: DiskBlobs, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    old = await store.put(content(C, seed=1))
+    where: Any = os if hasattr(os, step) else BlobDirectory
+    real = getattr(where, step)
+
+    def full_until_the_old_one_is_gone(*arguments: Any) -> Any:
+        if BlobDirectory.of(store.root, old.digest).path.exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, step, full_until_the_old_one_is_gone)
+        blob = await store.put(DATA)
+    assert not store.has(old.digest)
+    assert await store.get(blob.digest) == DATA
+    await store.close()
+    again = DiskBlobs(store.root)
+    assert again.digests() == [blob.digest]
+    assert await again.get(blob.digest) == DATA
+    await again.close()
+
+
 @pytest.mark.parametrize(("error", "told"), [(errno.ENOSPC, StoreFull), (errno.EIO, Unavailable)])
 async def test_where_it_cannot_be_written_down_that_a_blob_is_complete_its_bytes_stay_and_it_is_finished_later(
     store: DiskBlobs, monkeypatch: pytest.MonkeyPatch, error: int, told: type[Exception]
