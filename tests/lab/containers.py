@@ -7,6 +7,7 @@ What lives here: `Machine`, and `containerd_lab`, the lab that it is in. What ne
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,7 @@ class Machine:
         self.registry = registry
         self.image = images.host_python()
         self.reference = f"{registry.host}/host/python:latest"
+        self._checks = itertools.count()
         self._superpeers = [] if backfill else [self._superpeer()]
         self.node = self._node()
         self.containerd = containerd_of(lab, self.node.socket.parent / "snapshotter.sock")
@@ -85,6 +87,11 @@ class Machine:
             return self.containerd.run(self.reference, name, command, "dadi")
         self.containerd.start(self.reference, name, (self.image.command[0], "-c", program), "dadi")
         return ""
+
+    def check(self, name: str, statement: str) -> None:
+        """Run Python in a container that runs; its exit status counts, since `ctr` may miss what it prints."""
+        command = (name, self.image.command[0], "-c", statement)
+        self.containerd.ctr("task", "exec", "--exec-id", f"check-{next(self._checks)}", *command)
 
     def end(self, name: str) -> None:
         self.containerd.ctr("task", "rm", "--force", name)

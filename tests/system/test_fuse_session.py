@@ -208,9 +208,6 @@ async def test_present_bytes_that_are_not_in_memory_are_read_from_disk_by_anothe
 ) -> None:
     file = mounted.add()
     os.fsync(file.fd)
-    # Not once: pages that a processor has still to put on the kernel's lists stay where they are.
-    while in_memory(file.fd):
-        Path("/proc/sys/vm/drop_caches").write_text("1\n")
     readers = set()
     read_cold = device.read_cold
 
@@ -219,11 +216,18 @@ async def test_present_bytes_that_are_not_in_memory_are_read_from_disk_by_anothe
         return read_cold(*args)
 
     monkeypatch.setattr(device, "read_cold", watched)
-    assert await in_thread(read_at, mounted.path(), 0, len(CONTENT)) == CONTENT
-    assert readers
+    rounds = 0
+    while not readers:
+        rounds += 1
+        # Not once: pages that a processor has still to put on the kernel's lists stay where they are.
+        while in_memory(file.fd):
+            Path("/proc/sys/vm/drop_caches").write_text("1\n")
+        # A read that must not wait has the disk asked; where that is done before it looks again, it need not wait.
+        assert await in_thread(read_at, mounted.path(), 0, len(CONTENT)) == CONTENT
+        assert rounds < 20, "each time the disk was faster"
     assert all(name.startswith("fuse-disk") for name in readers)
     statistics = mounted.session.statistics()
-    assert (statistics["hits"] > 0, statistics["hit_bytes"], statistics["misses"]) == (True, len(CONTENT), 0)
+    assert (statistics["hits"] > 0, statistics["hit_bytes"], statistics["misses"]) == (True, rounds * len(CONTENT), 0)
 
 
 async def test_a_hit_does_not_wait_for_misses_that_hang(mounted: Mounted) -> None:
