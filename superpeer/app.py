@@ -71,7 +71,9 @@ def create(superpeer: Superpeer, who_may: WhoMay | None = None) -> web.Applicati
     blobs = BlobServer(superpeer, Compressor(cache=superpeer.config.compressed_cache), gate, learn=superpeer.learn)
     peers = Peers(superpeer.config.peers, gate=gate)
     originals = OriginalServer(superpeer.originals, who_may)
-    siblings = SiblingServer(superpeer.store, superpeer.catalog, superpeer.shown, gate)
+    nearer = superpeer.sibling_originals
+    siblings = SiblingServer(superpeer.store, superpeer.catalog, superpeer.shown, superpeer.originals, superpeer.lazy,
+                             gate, on_asked=nearer.forget if nearer else lambda digest: None)  # fmt: skip
 
     def statistics() -> dict[str, Any]:
         access = {"access": who_may.statistics()} if who_may else {}

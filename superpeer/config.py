@@ -30,6 +30,11 @@ class IndexingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         tuple[str, ...],
         described("PEM files of Ed25519 public keys; if there are any, only indexes that one of them signed are used"),
     ] = ()
+    keep_compressed: Annotated[
+        bool,
+        described("layers that are indexed here are kept as the registry has them, too, while nothing else needs the "
+                  "room: plain pulls of them then cost the registry nothing"),
+    ] = True
     parallel_ranges: Annotated[
         int, described("how many ranges of a layer are asked for from a registry at a time", at_least=1)
     ] = 4

@@ -26,7 +26,7 @@ import structlog
 
 from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.files import RAISE_LIMIT
-from dadi.blobs.source import Urgency
+from dadi.blobs.source import Source, Urgency
 from dadi.errors import DadiError, NotFound, StoreFull, Unavailable, Unsupported
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
@@ -67,7 +67,9 @@ class LazyLayers:
     """See the head of this file. `on_lie` and `on_proven` are told what completing a layer has shown."""
 
     def __init__(self, store: DiskBlobs, registry: RegistryClient, *, parallel: int, rest_after: float,
-                 fallbacks: Fallbacks, on_lie: OnLie, on_proven: OnProven) -> None:  # fmt: skip
+                 fallbacks: Fallbacks, on_lie: OnLie, on_proven: OnProven,
+                 nearer: Callable[[Reference], Source] | None = None) -> None:  # fmt: skip
+        """`nearer`: who may have chunks of compressed layers of a repository; NotFound from it is no fault."""
         self._store = store
         self._registry = registry
         self._parallel = parallel
@@ -75,6 +77,7 @@ class LazyLayers:
         self._fallbacks = fallbacks
         self._on_lie = on_lie
         self._on_proven = on_proven
+        self._nearer = nearer
         self._layers: dict[tuple[str, str], RangedLayer] = {}
         """The open ones, least recently used first."""
         self._packed: dict[Blob, PackedLayer] = {}
@@ -136,6 +139,21 @@ class LazyLayers:
         finally:
             await self._let_go(packed)
 
+    def open_blob(self, digest: str) -> Blob | None:
+        """Return a compressed layer that is open just now, by its digest."""
+        return next((blob for blob in self._packed if blob.digest == digest), None)
+
+    async def bring_packed(self, blob: Blob, chunks: range, urgency: Urgency) -> None:
+        """Bring chunks of a compressed layer that is open. Raises NotFound if it is not, and as `bring` does."""
+        packed = self._packed.get(blob)
+        if packed is None:
+            raise NotFound(f"{blob} is not fetched by ranges here")
+        packed.users += 1
+        try:
+            await packed.chunks.read(blob, chunks, urgency)
+        finally:
+            await self._let_go(packed)
+
     def has_no_ranges(self, reference: str) -> None:
         """Remember that the registry of an image has answered a request for a range with the whole."""
         self._no_ranges[Reference.parse(reference).registry] = asyncio.get_running_loop().time() + _NO_RANGES
@@ -174,9 +192,10 @@ class LazyLayers:
         packed = self._packed.get(blob)
         if packed is None:
             descriptor = Descriptor(layer.media_type, layer.layer_digest, layer.layer_size)
-            ranges = RegistryRanges(self._registry, Reference.parse(reference), descriptor)
+            ref = Reference.parse(reference)
+            ranges, nearer = RegistryRanges(self._registry, ref, descriptor), self._nearer and self._nearer(ref)
             packed = self._packed[blob] = PackedLayer(self._store, blob, ranges, parallel=self._parallel,
-                                                      fallbacks=self._fallbacks)  # fmt: skip
+                                                      fallbacks=self._fallbacks, nearer=nearer)  # fmt: skip
         packed.users += 1
         log.info("layer opened by ranges", layer=layer.layer_digest, points=layer.seek_points)
         return RangedLayer(self._store, layer, table, packed, largest=largest, fallbacks=self._fallbacks)

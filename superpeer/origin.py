@@ -2,6 +2,7 @@
 
 One pass over a layer brings its uncompressed tar into the store and gives its index (`dadi/index/build.py`). Callers
 who want a layer that is on its way wait for the same pass; the pass belongs to the origin, not to the first caller.
+Plain pulls of the layer get the same bytes (`beside.py`).
 
 A prefetch job's pass takes its time: `bring` finds the job's pace in `PACE` (`jobs_pace.py`), set by `jobs.py`, and
 gives the pass a part of it. It is lifted as soon as somebody without a pace wants the same layer.
@@ -16,7 +17,7 @@ from collections.abc import AsyncGenerator, Callable, Container
 import structlog
 
 from dadi.blobs.disk import DiskBlobs
-from dadi.errors import DigestMismatch, NotFound
+from dadi.errors import DigestMismatch, NotFound, StoreFull
 from dadi.fallbacks import Fallbacks
 from dadi.index import build, layer
 from dadi.index.chunks import Blob
@@ -24,25 +25,28 @@ from dadi.index.layer import LayerIndex
 from dadi.oci.manifest import Descriptor
 from dadi.oci.reference import Reference
 from dadi.oci.registry import RegistryClient
+from dadi.originals.fetching import Fetch
+from dadi.originals.original import whole_of
+from dadi.originals.service import Originals
+from superpeer.beside import Beside
 from superpeer.jobs_pace import PACE, Pace, Slots, paced, turn
 
 log = structlog.get_logger()
 OnProgress = Callable[[int], None]
 """Called with the compressed bytes that have come so far."""
-Local = Callable[[Reference, str], AsyncGenerator[bytes, None] | None]
 
 
 class Origin:
     """Brings layers into `store`, `parallel` at a time. `mirrored`: registries that have mirrors.
 
-    `local` returns the bytes of a compressed layer that is here in original form, or arriving; None if it is not.
+    `originals` has compressed layers that are here, or arriving; and those that come, too, with `keep_compressed`.
     `on_shown` is told of each layer (reference, its digest, diff ID) all of whose bytes came from the registry itself,
     and were right, before it is kept.
     """
 
     def __init__(self, store: DiskBlobs, registry: RegistryClient, *, fallbacks: Fallbacks, chunk_size: int,
-                 parallel: int, limits: build.Limits, mirrored: Container[str], local: Local,
-                 on_shown: Callable[[Reference, str, str], None]) -> None:  # fmt: skip
+                 parallel: int, limits: build.Limits, mirrored: Container[str], originals: Originals,
+                 keep_compressed: bool, on_shown: Callable[[Reference, str, str], None]) -> None:  # fmt: skip
         self._store = store
         self._registry = registry
         self._fallbacks = fallbacks
@@ -55,7 +59,8 @@ class Origin:
         self._passes: dict[tuple[str, str], asyncio.Task[tuple[LayerIndex, Blob]]] = {}
         self._watchers: dict[tuple[str, str], list[OnProgress]] = {}
         self._mirrored = mirrored
-        self._local = local
+        self._originals = originals
+        self._keep_compressed = keep_compressed
         self._on_shown = on_shown
         self.layers = 0
         self.bytes = 0
@@ -76,8 +81,8 @@ class Origin:
             self._watchers.setdefault(key, []).append(on_progress)
         task = self._passes.get(key)
         pace = PACE.get()
-        if pace is None and key in self._paces:
-            self._paces.pop(key).lift()
+        if pace is None:
+            self._hurry(key)
         if pace is not None and key in self._paces:
             self._paces[key].also(pace)
         if task is None:
@@ -90,6 +95,10 @@ class Origin:
             task.add_done_callback(lambda done: self._landed(key, done))
         return await asyncio.shield(task)
 
+    def _hurry(self, key: tuple[str, str]) -> None:
+        if key in self._paces:
+            self._paces.pop(key).lift()
+
     def _landed(self, key: tuple[str, str], task: asyncio.Task[tuple[LayerIndex, Blob]]) -> None:
         del self._passes[key]
         self._paces.pop(key, None)
@@ -100,42 +109,74 @@ class Origin:
     async def _pass(self, reference: Reference, descriptor: Descriptor, diff_id: str) -> tuple[LayerIndex, Blob]:
         async with turn(self._slots, self._patient):
             try:
-                index = await self._stream(reference, descriptor, diff_id, mirrors=True)
+                index = await self._shared(reference, descriptor, diff_id)
             except DigestMismatch as error:
                 self._fallbacks.note("wrong layer, asked the registry itself again", str(error))
-                index = await self._stream(reference, descriptor, diff_id, mirrors=False)
+                index = await self._alone(reference, descriptor, diff_id, distrust=True)
             blob = await self._store.put(await asyncio.to_thread(layer.encode, index))
             self.layers += 1
             log.info("brought a layer", layer=descriptor.digest, bytes=descriptor.size, unpacked=index.table.size,
                      entries=len(index.entries))  # fmt: skip
             return index, blob
 
-    async def _stream(
-        self, reference: Reference, descriptor: Descriptor, diff_id: str, *, mirrors: bool
+    async def _shared(self, reference: Reference, descriptor: Descriptor, diff_id: str) -> LayerIndex:
+        """Make the index of bytes that plain pulls get, too, wherever that can be."""
+        beside = Beside(self._store, descriptor.size, lambda: self._hurry((descriptor.digest, diff_id)))
+        may_come = self._keep_compressed and descriptor.digest != diff_id and await beside.fits()
+        pieces = self._originals.local(reference, descriptor.digest)
+        if pieces is not None:
+            return await self._stream(reference, descriptor, diff_id, pieces)
+        coming = self._originals.coming
+        begun = coming.begin_unasked(reference, descriptor, self._registry, paced, beside) if may_come else None
+        if begun is None:
+            return await self._alone(reference, descriptor, diff_id)
+        fetch, arriving = begun
+        try:
+            return await self._stream(reference, descriptor, diff_id, whole_of(arriving), fetch)
+        except BaseException as error:
+            beside.over()
+            if beside.asked:
+                raise
+            await arriving.close()  # what it took is free then
+            if not isinstance(error, StoreFull):
+                raise
+            self._fallbacks.note("compressed layer not kept, no room", f"{descriptor.digest}: {error}")
+        finally:
+            beside.over()
+        return await self._alone(reference, descriptor, diff_id)
+
+    async def _alone(
+        self, reference: Reference, descriptor: Descriptor, diff_id: str, *, distrust: bool = False
     ) -> LayerIndex:
+        """Make the index of bytes that come for nothing else; `distrust`: from the registry itself."""
+        fetch = self._originals.coming.fetch(reference, descriptor, self._registry)
+        pieces = paced(fetch.stream(distrust))
+        return await self._stream(reference, descriptor, diff_id, pieces, fetch, mirrors=not distrust)
+
+    async def _stream(self, reference: Reference, descriptor: Descriptor, diff_id: str,
+                      pieces: AsyncGenerator[bytes, None], fetch: Fetch | None = None, *,
+                      mirrors: bool = True) -> LayerIndex:  # fmt: skip
+        """`fetch`: where the pieces come from, if they were not here."""
         source = build.LayerSource(descriptor.digest, descriptor.size, descriptor.media_type, diff_id)
         ingest = self._store.ingest()
-        pieces = self._local(reference, descriptor.digest) if mirrors else None
-        from_registry = pieces is None
 
         def progress(done: int) -> None:
             for watch in self._watchers.get((descriptor.digest, diff_id), ()):
                 watch(done)
 
         try:
-            async with contextlib.aclosing(
-                pieces or paced(self._registry.blob(reference, descriptor, mirrors=mirrors))
-            ) as pieces:
+            async with contextlib.aclosing(pieces):
                 index = await build.build(pieces, source, ingest, chunk_size=self._chunk_size, limits=self._limits,
                                           on_progress=progress)  # fmt: skip
             # A mirror may give anybody what it fetched as itself.
-            if from_registry and not (mirrors and reference.registry in self._mirrored):
+            by_mirror = mirrors and reference.registry in self._mirrored
+            if fetch is not None and not fetch.nearer_bytes and not by_mirror:
                 self._on_shown(reference, descriptor.digest, diff_id)
             await self._store.commit(ingest, Blob(index.diff_id, index.table))
         finally:
             await asyncio.to_thread(ingest.abort)
-        if from_registry:
-            self.bytes += descriptor.size
+        if fetch is not None:
+            self.bytes += descriptor.size - fetch.nearer_bytes
         return index
 
     async def known(self, index_digest: str) -> LayerIndex:

@@ -46,6 +46,7 @@ from dadi.oci.registry import RegistryClient
 from dadi.originals import caller as callers
 from dadi.originals import serving
 from dadi.originals.documents import Document
+from dadi.originals.fetching import Elsewhere
 from dadi.originals.messages import HEAD, MOST_WAIT, NEXT, SMALL, STALE, OriginalAnswer
 from dadi.originals.original import Chunked
 from dadi.originals.service import Originals
@@ -60,12 +61,13 @@ OnLie = Callable[[ImageLayer, Lie], Awaitable[None]]
 
 
 def originals_of(config: SuperpeerConfig, store: DiskBlobs, registry: RegistryClient, fallbacks: Fallbacks,
-                 catalog: Catalog, lazy: LazyLayers, on_lie: OnLie) -> Originals:  # fmt: skip
+                 catalog: Catalog, lazy: LazyLayers, on_lie: OnLie, elsewhere: Elsewhere | None
+                 ) -> Originals:  # fmt: skip
     """Return a superpeer's originals. One that is open to all shows registries its own credentials for all."""
     return Originals(
         config.originals, Path(config.state), store, registry, fallbacks,
         packed=Assembly(store, catalog, lazy, fallbacks, on_lie), known=catalog.repositories_of,
-        lend=config.originals.lend_credentials or config.authorization == "open",
+        lend=config.originals.lend_credentials or config.authorization == "open", elsewhere=elsewhere,
     )  # fmt: skip
 
 

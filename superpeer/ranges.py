@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 
 from dadi.blobs.disk import DiskBlobs
+from dadi.blobs.first_of import FirstOf
 from dadi.blobs.joined import Joined
 from dadi.blobs.kept import Kept
 from dadi.blobs.source import Source, Urgency
@@ -102,6 +103,8 @@ class Held:
 class PackedLayer:
     """A layer as the registry has it, for all indexes that say the same of it: `Kept(Joined(Held(Kept(ranges))))`.
 
+    `nearer` is asked before the registry: what it returns is verified; NotFound says that it has not got it.
+
     `fetches` is the queue for the registry: demand first, neighbours together. The `Kept` inside of it puts bytes into
     the store before anybody is told that they have come, so that none is fetched twice. `chunks` answers from the store
     without a place in the queue. `again` asks the registry whatever the store has. `users` is who uses it, counted by
@@ -109,12 +112,13 @@ class PackedLayer:
     """
 
     def __init__(self, store: DiskBlobs, blob: Blob, ranges: RegistryRanges, *, parallel: int,
-                 fallbacks: Fallbacks) -> None:  # fmt: skip
+                 fallbacks: Fallbacks, nearer: Source | None = None) -> None:  # fmt: skip
         self.blob = blob
         self.ranges = ranges
         self.users = 0
         self.again = VerifiedRanges(ranges, fallbacks)
-        fetched = Held(Kept(store, self.again, fallbacks), store, blob)
+        upstream: Source = self.again if nearer is None else FirstOf([nearer, self.again], fallbacks)
+        fetched = Held(Kept(store, upstream, fallbacks), store, blob)
         self.fetches = Joined(fetched, parallel=parallel, largest=_LARGEST_REQUEST, patient=_PATIENT_REQUEST)
         self.chunks = Kept(store, self.fetches, fallbacks)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dadi.blobs.disk import DiskBlobs
-from dadi.blobs.source import Urgency
+from dadi.blobs.source import Source, Urgency
 from dadi.errors import NotFound, StoreFull, Unavailable, Unsupported
 from dadi.fallbacks import Fallbacks
 from dadi.index import build
@@ -44,6 +44,7 @@ from superpeer.referrers import ShippedIndexes
 from superpeer.refused import Refused
 from superpeer.resolving import FULL_FOR, Resolver, Resolving
 from superpeer.shown_layers import Layer, Proof, ShownLayers
+from superpeer.sibling_originals import SiblingOriginals
 from superpeer.siblings import Siblings
 from superpeer.traces import Traces
 from superpeer.traces_shipped import ShippedTraces
@@ -89,24 +90,27 @@ class Superpeer:
         self.withdrawing = Withdrawing(store, self.catalog, self._refused, fallbacks, anew=self._resolve_anew,
                                        drop=lambda layer: self.lazy.drop(layer),
                                        refuse_sibling=self._refuse_sibling)  # fmt: skip
-        # ---- layers: by ranges, as they are, whole, from siblings
-        self.lazy = LazyLayers(store, self.registry, parallel=indexing.parallel_ranges, rest_after=indexing.rest_after,
-                               fallbacks=fallbacks, on_lie=self.withdrawing.lied,
-                               on_proven=self.catalog.prove)  # fmt: skip
-        self.originals = originals_of(config, store, self.registry, fallbacks, self.catalog, self.lazy,
-                                      self.withdrawing.lied)  # fmt: skip
-        self.origin = Origin(store, self.registry, fallbacks=fallbacks, chunk_size=indexing.chunk_size,
-                             parallel=indexing.parallel_layers, mirrored=config.registry.mirrors,
-                             limits=build.Limits(max_uncompressed_size=indexing.max_layer_size),
-                             local=self.originals.local,
-                             on_shown=partial(self.shown.add, proof=Proof.HASHED))  # fmt: skip
-        self._indexer = Indexer(store, self.catalog, self.origin, self._shipped_indexes, fallbacks, self._prove)
+        # ---- layers: from siblings, by ranges, as they are, whole
         self.siblings: Siblings | None = None
+        self.sibling_originals: SiblingOriginals | None = None
         if config.siblings:
             adopter = Adopter(store, self.catalog, self.shown, fallbacks, chunk_size=indexing.chunk_size,
                               may_be_used=self._may_be_used)  # fmt: skip
             self.siblings = Siblings(config, store, adopter, fallbacks, on_lie=self.withdrawing.sibling_lied,
                                      tls=self.tls)  # fmt: skip
+            self.sibling_originals = SiblingOriginals(self.siblings, fallbacks)
+        self.lazy = LazyLayers(store, self.registry, parallel=indexing.parallel_ranges, rest_after=indexing.rest_after,
+                               fallbacks=fallbacks, on_lie=self.withdrawing.lied,
+                               on_proven=self.catalog.prove,
+                               nearer=self._nearer if self.siblings else None)  # fmt: skip
+        self.originals = originals_of(config, store, self.registry, fallbacks, self.catalog, self.lazy,
+                                      self.withdrawing.lied, self.sibling_originals)  # fmt: skip
+        self.origin = Origin(store, self.registry, fallbacks=fallbacks, chunk_size=indexing.chunk_size,
+                             parallel=indexing.parallel_layers, mirrored=config.registry.mirrors,
+                             limits=build.Limits(max_uncompressed_size=indexing.max_layer_size),
+                             originals=self.originals, keep_compressed=indexing.keep_compressed,
+                             on_shown=partial(self.shown.add, proof=Proof.HASHED))  # fmt: skip
+        self._indexer = Indexer(store, self.catalog, self.origin, self._shipped_indexes, fallbacks, self._prove)
         # ---- before they are wanted
         self.traces = Traces(state / "traces", config.traces, self.catalog, fallbacks,
                              look=lambda manifest: self.shipped.asked(manifest),
@@ -125,6 +129,11 @@ class Superpeer:
     @property
     def _shipped_indexes(self) -> ShippedIndexes | None:
         return self._referrers if self.config.indexing.use_artifacts else None
+
+    def _nearer(self, ref: Reference) -> Source:
+        """Return what siblings have of compressed layers, for who may read a repository."""
+        assert self.sibling_originals is not None
+        return self.sibling_originals.chunks(partial(self.originals.proven.shares, ref.registry))
 
     def _revoke_loose(self, layer: Layer) -> None:
         if self._who_may is not None:
@@ -265,12 +274,17 @@ class Superpeer:
             "originals": self.originals.statistics(),
             "registry": self.registry.statistics(),
             "store": self.store.statistics(),
-            "siblings": self.siblings.statistics() if self.siblings else None,
+            "siblings": self._of_siblings(),
             "prefetch": self.prefetch.statistics(),
             "traces": self.traces.statistics(),
             "tls": self.tls.statistics() if self.tls else None,
             "fallbacks": self.fallbacks.statistics(),
         }
+
+    def _of_siblings(self) -> dict[str, Any] | None:
+        if self.siblings is None or self.sibling_originals is None:
+            return None
+        return {**self.siblings.statistics(), "original_bytes": self.sibling_originals.bytes}
 
     async def close(self) -> None:
         """Break off what is under way; the store is closed by who opened it."""
@@ -283,8 +297,8 @@ class Superpeer:
         resolving = self.resolver.stop()
         await self.withdrawing.close()
         await asyncio.gather(*resolving, return_exceptions=True)
+        await self.origin.close()  # before those whose blobs it reads, and which wait for it
         await self.originals.close()
-        await self.origin.close()
         await self.registry.close()
         await self.shown.close()
         self.catalog.close()

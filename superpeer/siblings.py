@@ -78,7 +78,7 @@ class Siblings:
                  *, on_lie: OnLie, tls: Tls | None = None, resolver: Resolver = addresses_of) -> None:  # fmt: skip
         self._adopter = adopter
         self._fallbacks = fallbacks
-        self._own = config.url.rstrip("/")
+        self.own = config.url.rstrip("/")
         self.superpeers = Superpeers(config.siblings, fallbacks, refresh=config.siblings_refresh, resolver=resolver)
         self.session: aiohttp.ClientSession = http.client(connect=1.0, read=5.0, tls=tls)
         self._tokens: SiblingTokens | None = None
@@ -88,7 +88,7 @@ class Siblings:
         self._adopting: dict[str, asyncio.Task[None]] = {}
         self._unknown = Answers()
         self._remotes: dict[str, Verified] = {}
-        self.chunks = SiblingChunks(store, fallbacks, self._ask_all, self._read, self.spawn, on_lie=on_lie)
+        self.chunks = SiblingChunks(store, fallbacks, self._ask_all, self.read, self.spawn, on_lie=on_lie)
         self._background: set[asyncio.Task[None]] = set()
         self._refused: dict[str, None] = {}
         """Image indexes that lied."""
@@ -112,7 +112,7 @@ class Siblings:
 
     def others(self) -> list[str]:
         """Return the siblings that are known now."""
-        return [name for name in self.superpeers.names if name != self._own]
+        return [name for name in self.superpeers.names if name != self.own]
 
     # ---- images
 
@@ -221,7 +221,7 @@ class Siblings:
             raise Unavailable("it did not answer a moment ago")
         where = f"{url}/v1/blobs/{digest}/origin"
         async with (
-            self._asking(url),
+            self.asking(url),
             http.request(self.session, "GET", where, "asking a sibling", headers=self.headers(digest),
                          timeout=self._quick) as response,
         ):  # fmt: skip
@@ -240,21 +240,29 @@ class Siblings:
                 raise DigestMismatch(f"{where} is not what its digest says", source=url)
         return bytes(data)
 
-    def _verified(self, url: str) -> Verified:
-        verified = self._remotes.get(url)
+    def _verified(self, url: str, where: str = "sibling") -> Verified:
+        verified = self._remotes.get(f"{url}/{where}")
         if verified is None:
-            remote = Remote(f"{url}/sibling", self.session, compress=False, tokens=cast("Tokens", _Shown(self)))
-            verified = self._remotes[url] = Verified(f"sibling {url}", remote)
+            remote = Remote(f"{url}/{where}", self.session, compress=False, tokens=cast("Tokens", _Shown(self)))
+            verified = self._remotes[f"{url}/{where}"] = Verified(f"sibling {url}", remote)
         return verified
 
-    async def _read(self, url: str, blob: Blob, chunks: range, urgency: Urgency) -> list[bytes]:
+    async def read(self, url: str, blob: Blob, chunks: range, urgency: Urgency, *, packed: bool = False) -> list[bytes]:
+        """Return chunks that a sibling has, verified; `packed`: that it has, or can fetch, of a compressed layer.
+
+        Raises NotFound if it has not all of them, Unavailable, DigestMismatch.
+        """
         if not self.superpeers.health.may_ask(url, self.superpeers.clock()):
             raise Unavailable("it did not answer a moment ago")
-        async with self._asking(url):
-            return await self._verified(url).read(blob, chunks, urgency)
+        async with self.asking(url):
+            return await self._verified(url, "sibling/packed" if packed else "sibling").read(blob, chunks, urgency)
+
+    def watched(self, url: str) -> contextlib.AbstractAsyncContextManager[None]:
+        """Around waiting for a sibling; raises Unreachable inside once it is known to hang."""
+        return self._hanging.watched(url)
 
     @contextlib.asynccontextmanager
-    async def _asking(self, url: str) -> AsyncIterator[None]:
+    async def asking(self, url: str) -> AsyncIterator[None]:
         """Around what somebody waits for: one that hangs must not cost each of them seconds."""
         first = self.superpeers.state(url) == State.PROBING.value
         async with self.superpeers.asking(url), self._hanging.watched(url, first=first):

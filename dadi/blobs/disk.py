@@ -19,7 +19,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from dadi import locks, state_version
@@ -214,8 +214,8 @@ class DiskBlobs:
         """Begin a whole blob."""
         return DiskIngest(self.root / "incoming" / str(next(self._names)), self._space.room_maker(), self.limit)
 
-    async def commit(self, ingest: object, blob: Blob) -> None:
-        """Move the ingested file into place."""
+    async def commit(self, ingest: object, blob: Blob, *, asked: bool = True) -> None:
+        """Move the ingested file into place. `asked`: False for what nobody has asked for, which goes first then."""
         assert isinstance(ingest, DiskIngest)
         try:
             if ingest.size != blob.size:
@@ -223,7 +223,7 @@ class DiskBlobs:
             async with self._changing:
                 stored = self._space.blobs.get(blob.digest)
                 if stored is None or not (stored.complete or stored.holds):
-                    await self._move_in(ingest, blob, stored)
+                    await self._move_in(ingest, blob, stored, asked)
                     return
             if not stored.complete:
                 if stored.blob.table != blob.table:
@@ -236,7 +236,7 @@ class DiskBlobs:
         finally:
             await self._space.run(ingest.abort)
 
-    async def _move_in(self, ingest: DiskIngest, blob: Blob, partial: Stored | None) -> None:
+    async def _move_in(self, ingest: DiskIngest, blob: Blob, partial: Stored | None, asked: bool) -> None:
         if partial is not None:
             await self._space.discard(partial)
         await self._space.until_left(blob.digest)
@@ -247,7 +247,10 @@ class DiskBlobs:
             except DadiError:
                 await self._space.run(files.remove, directory)
                 raise
-        self._space.add(Stored(directory, blob, None, trusted=True))
+        if not asked:
+            with suppress(OSError):  # for the next start; without it, it counts as used just now
+                await self._space.run(os.utime, directory.data, (0.0, 0.0))
+        self._space.add(Stored(directory, blob, None, trusted=True), used_at=None if asked else 0.0)
 
     async def _fill_from(self, stored: Stored, path: Path) -> None:
         for chunk in await self.missing(stored.blob):

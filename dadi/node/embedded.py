@@ -22,14 +22,15 @@ from dadi.oci.keychain import Keychain
 from dadi.prefetch.trace import Given, Message
 from dadi.wire import Event
 from superpeer.app import resolving
-from superpeer.config import SuperpeerConfig
+from superpeer.config import IndexingConfig, SuperpeerConfig
 from superpeer.service import Superpeer
 
 
 def embed(config: NodeConfig, store: DiskBlobs, fallbacks: Fallbacks, keychain: Keychain) -> Superpeer:
     """Return a node's own superpeer, not started yet."""
     made = SuperpeerConfig(state=str(Path(config.state) / "superpeer"), registry=config.registry,
-                           originals=config.originals)  # fmt: skip
+                           originals=config.originals,
+                           indexing=IndexingConfig(keep_compressed=config.proxy.enabled))  # fmt: skip
     return Superpeer(made, store, fallbacks, keychain)
 
 

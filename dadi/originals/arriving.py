@@ -16,7 +16,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
@@ -29,16 +29,29 @@ from dadi.originals.original import OriginalPart, Passing, Stream, Whole
 log = structlog.get_logger()
 
 
+class Unasked(Protocol):
+    """Who has a blob fetched that nobody has asked for in this form so far."""
+
+    def wanted(self) -> None:
+        """Hear that somebody asks for it now; called for each who does."""
+        ...
+
+    async def keep(self) -> bool:
+        """Return, once that is decided, whether the store is to keep it; it stays arriving until then."""
+        ...
+
+
 class Arriving:
     """See the head of this file. `on_end` is called once, when it is in the store, or has failed.
 
     `on_verified` is called when all of it has come and is right, before the store has it: who finds it there may rely
-    on that. `origin` is whatever the one who began it wants to remember of where it comes from.
+    on that. `origin` is whatever the one who began it wants to remember of where it comes from. With
+    `unasked` the store keeps it if that says so; as the first that goes, if nobody has asked for it.
     """
 
     def __init__(self, store: DiskBlobs, digest: str, size: int, stream: Stream, fallbacks: Fallbacks,
                  on_end: Callable[[Arriving], None], origin: object = None,
-                 on_verified: Callable[[], None] = lambda: None) -> None:  # fmt: skip
+                 on_verified: Callable[[], None] = lambda: None, unasked: Unasked | None = None) -> None:  # fmt: skip
         self.digest = digest
         self.size = size
         self.origin = origin
@@ -47,6 +60,10 @@ class Arriving:
         """Bytes that are in the file."""
         self.verified = False
         self.readers = 0
+        self.dropped = False
+        """Nobody has asked for it, and it was not kept."""
+        self._unasked = unasked
+        self._asked = unasked is None
         self._store = store
         self._stream = stream
         self._fallbacks = fallbacks
@@ -65,6 +82,12 @@ class Arriving:
     def done(self) -> bool:
         """Whether nothing of it is under way any more."""
         return self._task.done()
+
+    def want(self) -> None:
+        """Say that somebody asks for it."""
+        self._asked = True
+        if self._unasked is not None:
+            self._unasked.wanted()
 
     async def parts(self, offset: int, length: int) -> AsyncGenerator[OriginalPart, None]:
         """See `Original`. Whoever comes when nobody reads it any more reads what is in the store."""
@@ -152,8 +175,11 @@ class Arriving:
             blob = await self._receive()
             self._on_verified()
             self._advance(verified=True)
+            if self._unasked is not None and not await self._unasked.keep():
+                self.dropped = True
+                return
             try:
-                await self._store.commit(self._ingest, blob)
+                await self._store.commit(self._ingest, blob, asked=self._asked)
             except DadiError as error:
                 # Its readers have an open file: they read on.
                 self._fallbacks.note("original not kept", str(error))

@@ -9,7 +9,7 @@ import structlog
 from dadi.blobs.disk import DiskBlobs
 from dadi.errors import DigestMismatch, StoreFull
 from dadi.fallbacks import Fallbacks
-from dadi.originals.arriving import Arriving
+from dadi.originals.arriving import Arriving, Unasked
 from dadi.originals.original import Original, Passing, Whole
 
 log = structlog.get_logger()
@@ -63,31 +63,37 @@ class Intake:
         """Return a blob that is arriving."""
         return self._arriving.get(digest)
 
+    def has_room(self, digest: str, size: int) -> bool:
+        """Whether a blob may fit, as far as is known."""
+        limit = self._store.limit
+        return not (limit and size > limit) and self._clock() >= self._no_room.get(digest, 0.0)
+
     def begin(self, digest: str, size: int, streams: Streams, on_verified: OnVerified = lambda: None,
-              origin: object = None) -> Original:  # fmt: skip
+              origin: object = None, unasked: Unasked | None = None) -> Original:  # fmt: skip
         """Return a blob that is arriving: from now on, if it was not; or it passes by, if there is no room for it.
 
-        `on_verified` is called when all of it has come and is what its digest says. `origin`: see `Arriving`.
+        `on_verified` is called when all of it has come and is what its digest says. `origin`, `unasked`: see
+        `Arriving`; what comes for somebody `unasked` is counted there.
         """
         if (under_way := self._arriving.get(digest)) is not None:
             return under_way
-        now = self._clock()
         distrust = self.distrusts(digest)
 
         def stream() -> AsyncGenerator[bytes, None]:
             return streams(distrust)
 
-        limit = self._store.limit
-        if (limit and size > limit) or now < self._no_room.get(digest, 0.0):
+        if not self.has_room(digest, size):
             self._fallbacks.note("blob passes by, no room to keep it", f"{digest}, {size} bytes")
             return Passing(digest, size, stream, on_verified)
 
         def verified() -> None:
-            self.blobs += 1
-            self.bytes += size
+            if unasked is None:
+                self.blobs += 1
+                self.bytes += size
             on_verified()
 
-        arriving = Arriving(self._store, digest, size, stream, self._fallbacks, self._arrived, origin, verified)
+        arriving = Arriving(self._store, digest, size, stream, self._fallbacks, self._arrived, origin, verified,
+                            unasked)  # fmt: skip
         self._arriving[digest] = arriving
         return arriving
 
@@ -100,7 +106,8 @@ class Intake:
         for remembered in (self._no_room, self._distrusted):
             for digest in [digest for digest, until in remembered.items() if until < now]:
                 del remembered[digest]
-        if isinstance(arriving.error, StoreFull) or (arriving.verified and not self._store.has(arriving.digest)):
+        lost = arriving.verified and not arriving.dropped and not self._store.has(arriving.digest)
+        if isinstance(arriving.error, StoreFull) or lost:
             self._no_room[arriving.digest] = now + _NO_ROOM_FOR
         elif isinstance(arriving.error, DigestMismatch):
             self.wrong += 1

@@ -57,10 +57,11 @@ class Proven:
 
     def to(self, registry: str, digest: str) -> bool:
         """Whether what is here may be given to who may read a repository of `registry` that has the blob."""
-        came = self._came.get(digest, ())
-        return any(self.shares(registry, name) for name in came) or any(
-            self.shares(registry, name) for name in self._known(digest)
-        )
+        return any(self.shares(registry, name) for name in self.names(digest))
+
+    def names(self, digest: str) -> list[str]:
+        """Return repositories, with their registries, that have proved that they have a blob."""
+        return [*self._came.get(digest, ()), *self._known(digest)]
 
     def shares(self, registry: str, name: str) -> bool:
         """Whether what comes from a repository (REGISTRY/REPOSITORY) is for who may read those of `registry`."""

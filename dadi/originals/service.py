@@ -2,7 +2,7 @@
 
     manifest, tags, referrers   `documents.py`
     blob                        in the store; arriving already; assembled from chunks, where `packed` knows their table;
-                                else it begins to arrive; or passes by, where the store has no room for it
+                                else it begins to arrive (`coming.py`); or passes by, where the store has no room for it
     who may                     `access.py`; and the repository must have the blob: `records.py`
 
 `packed` is the superpeer's hook: the layers whose compressed bytes it fetches by ranges for others at the same time.
@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from functools import partial
@@ -34,12 +33,12 @@ from dadi.originals.access import Access
 from dadi.originals.arriving import Arriving
 from dadi.originals.away import Away, CallerFlights, slow
 from dadi.originals.caller import ANYBODY, Caller
+from dadi.originals.coming import Coming
 from dadi.originals.config import OriginalsConfig
 from dadi.originals.documents import Document, Documents, Fetched
-from dadi.originals.fetching import Fetch
-from dadi.originals.intake import Intake
+from dadi.originals.fetching import Elsewhere
 from dadi.originals.original import Awaited, Chunked, EitherOr, Original, check_size, whole_of
-from dadi.originals.proven import Known, Proven, registry_of
+from dadi.originals.proven import Known, Proven
 from dadi.originals.records import Records, steady
 
 T = TypeVar("T")
@@ -55,7 +54,8 @@ class Originals:
 
     def __init__(self, config: OriginalsConfig, state: Path, store: DiskBlobs, registry: RegistryClient,
                  fallbacks: Fallbacks, *, packed: Packed | None = None, known: Known = lambda digest: (),
-                 lend: bool | None = None, clock: Callable[[], float] = steady) -> None:  # fmt: skip
+                 lend: bool | None = None, elsewhere: Elsewhere | None = None,
+                 clock: Callable[[], float] = steady) -> None:  # fmt: skip
         """`lend`: as `config.lend_credentials`, which it overrides."""
         if lend is not None:
             config = msgspec.structs.replace(config, lend_credentials=lend)
@@ -69,10 +69,8 @@ class Originals:
         self.proven = Proven(self.records, self.access, known, config.most_records)
         self.documents = Documents(store, self.records, config, self._away, fallbacks)
         self._flights = CallerFlights()
-        self.intake = Intake(store, fallbacks, clock)
-        self._proving: dict[str, Intake] = {}
-        """By registry: blobs that are here and that it has to send all the same."""
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.coming = Coming(store, self.access, self.proven, fallbacks, clock, elsewhere)
+        self.intake = self.coming.intake
 
     def __repr__(self) -> str:
         return f"Originals({self.records!r}, {self.intake!r})"
@@ -257,58 +255,15 @@ class Originals:
         """Whether what is here of a blob may be given to who may read the repository of `ref`, which has it."""
         return self.proven.to(ref.registry, digest)
 
-    def _find(self, ref: Reference, digest: str) -> Original | None:
-        """Return a blob that is here or arriving, if it may be given to who may read the repository of `ref`.
-
-        Of what is arriving only what comes from his own registry: any other could stall it, or send what is wrong.
-        """
-        whole = self.intake.whole(digest) if self.is_proven(ref, digest) else None
-        arriving = self.intake.arriving(digest)
-        if whole is not None or arriving is None:
-            return whole
-        coming = arriving.origin.name if isinstance(arriving.origin, Fetch) else ""
-        own = registry_of(coming) == ref.registry or (arriving.verified and self.proven.shares(ref.registry, coming))
-        return arriving if own else None
-
-    def _joined(self, original: Original, ref: Reference, caller: Caller) -> Original:
-        """Let a fetch that is under way be gone on with for this caller, where it fails for another's credentials."""
-        if isinstance(original, Arriving) and isinstance(original.origin, Fetch):
-            if registry_of(original.origin.name) == ref.registry:
-                original.origin.add(ref, caller.key, self.access.client(ref.registry, caller))
-        return original
-
     async def _open(self, ref: Reference, descriptor: Descriptor, caller: Caller) -> Original:
-        if (here := self._find(ref, descriptor.digest)) is not None:
-            return self._joined(here, ref, caller)
-        begin = partial(self._begin, ref, descriptor, caller)
+        if (here := self.coming.find_for(ref, descriptor.digest, caller)) is not None:
+            return here
+        begin = partial(self.coming.begin, ref, descriptor, caller)
         if self._packed is not None and self.is_proven(ref, descriptor.digest):
             chunked = await self._packed(descriptor.digest)
             if chunked is not None:
                 return EitherOr(chunked, begin, self._fallbacks)
         return begin()
-
-    def _begin(self, ref: Reference, descriptor: Descriptor, caller: Caller) -> Original:
-        """Return a blob that is here by now, is arriving, or begins to. Awaits nothing: what it finds stays so."""
-        digest = descriptor.digest
-        if (here := self._find(ref, digest)) is not None:
-            return self._joined(here, ref, caller)
-        intake = self.intake
-        if intake.find(digest) is not None:
-            # Here, but from elsewhere: this registry has to send it all once, and then has proved that it has it.
-            self._proving = {registry: proving for registry, proving in self._proving.items() if proving.busy}
-            intake = self._proving.setdefault(ref.registry, Intake(self.store, self._fallbacks, self._clock))
-        fetch = Fetch(ref, descriptor)
-        fetch.add(ref, caller.key, self.access.client(ref.registry, caller))
-        if self.access.is_public(ref.name):
-            fetch.add(ref, ANYBODY.key, self.access.client(ref.registry, ANYBODY))
-
-        def verified() -> None:
-            self.proven.came(digest, fetch.name)
-            task = asyncio.create_task(self.proven.record(digest, fetch.name, descriptor.size))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-        return self._joined(intake.begin(digest, descriptor.size, fetch.stream, verified, fetch), ref, caller)
 
     async def make_whole(self, ref: Reference, digest: str, caller: Caller, seconds: float) -> bool:
         """Have all of a blob brought here, once for all who want that; False if it is not done after `seconds`.
@@ -336,7 +291,7 @@ class Originals:
 
     async def head(self, ref: Reference, digest: str, offset: int, most: int) -> bytes:
         """Return at most `most` bytes at `offset` of a blob that is arriving; they are not verified yet."""
-        here = self._find(ref, digest)
+        here = self.coming.find(ref, digest)
         return await here.head(offset, most) if isinstance(here, Arriving) else b""
 
     def local(self, ref: Reference, digest: str) -> AsyncGenerator[bytes, None] | None:
@@ -344,7 +299,9 @@ class Originals:
 
         For who needs all of it in this process.
         """
-        here = self._find(ref, digest)
+        here = self.coming.find(ref, digest)
+        if isinstance(here, Arriving):
+            here.want()  # who began it may not need it any more before this one does
         return None if here is None else whole_of(here)
 
     def table(self, ref: Reference, digest: str) -> Blob | None:
@@ -367,9 +324,7 @@ class Originals:
 
     async def close(self) -> None:
         """Break off what is under way."""
-        for intake in (self.intake, *self._proving.values()):
-            await intake.close()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.coming.close()
         await self._flights.close()
         await self.documents.close()
         await self.access.close()

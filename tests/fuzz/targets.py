@@ -44,6 +44,7 @@ from registry_proxy import paths, uploads
 from registry_proxy.config import ProxyConfig
 from superpeer.adopting import decode_told
 from superpeer.config import SuperpeerConfig
+from superpeer.sibling_serving import decode_here
 from tests.fuzz import seeds, snapshotter
 
 
@@ -236,6 +237,7 @@ TARGETS: dict[str, Target] = {
     "prefetch-moment": Target(lambda data: when.moment(_text(data), 1e9), (b"2026-11-10T22:00+08:00",)),
     "kubernetes": Target(manifests.images, (seeds.POD,)),
     "sibling-told": Target(decode_told, (seeds.SIBLING,)),
+    "sibling-original": Target(decode_here, (b'{"whole":true,"arriving":5,"ranges":true,"sources":["r.example/a"]}',)),
     "events": Target(_events, (seeds.EVENTS,)),
     "error-body": Target(error_in, (b'{"error":"denied","message":"x"}',)),
     "proxy-path": Target(_proxy_path, (b"/v2/a/b/manifests/1?docker.io", b"/v2/a/blobs/sha256:" + b"0" * 64)),

@@ -302,7 +302,7 @@ async def test_what_was_remembered_of_blobs_does_not_grow_for_ever(tmp_path: Pat
         originals = proxy.proxy.upstream.originals
         await until(lambda: not originals.intake.busy)
         assert len(originals.proven._came) <= 3
-        assert originals._proving == {}
+        assert originals.coming.proving == {}
         assert (await proxy.get(f"/v2/team/many/blobs/{digests.of(layers[0])}"))[1] == layers[0]
 
 
@@ -318,4 +318,4 @@ async def test_what_another_registry_has_to_prove_is_forgotten_when_it_is_done(t
                 assert (await proxy.get(path, headers=good))[1] == layer
                 assert (await proxy.get(f"{path}?ns={other.host}"))[1] == layer
             originals = proxy.proxy.upstream.originals
-            assert len(originals._proving) <= 1
+            assert len(originals.coming.proving) <= 1

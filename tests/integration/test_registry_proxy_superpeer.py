@@ -286,7 +286,11 @@ async def test_a_layer_that_is_here_as_a_tar_only_is_fetched_in_original_form_on
     tar = tar_of(a=Random(3).randbytes(500_000))
     layer = gzip.compress(tar, mtime=0)
     indexed._add_image(registry, "team/first", [layer], [digests.of(tar)])
-    async with running(tmp_path / "s", registry.host) as run, proxies(tmp_path, registry, run, 5) as made:
+    indexing = IndexingConfig(chunk_size=CHUNK, keep_compressed=False)
+    async with (
+        running(tmp_path / "s", registry.host, indexing=indexing) as run,
+        proxies(tmp_path, registry, run, 5) as made,
+    ):
         await run.index(f"{registry.host}/team/first:1")
         before, held = gets(registry, digests.of(layer)), run.superpeer.store.statistics()["bytes"]
         answers = await asyncio.gather(*(proxy.get(f"/v2/team/first/blobs/{digests.of(layer)}") for proxy in made))

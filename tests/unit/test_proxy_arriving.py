@@ -228,9 +228,9 @@ async def test_who_finds_a_blob_in_the_store_may_rely_on_its_having_been_told_of
     told: list[str] = []
     really, seen = store.commit, asyncio.Event()
 
-    async def commit(ingest: object, blob: Blob) -> None:
+    async def commit(ingest: object, blob: Blob, *, asked: bool) -> None:
         assert told == ["verified"], "before anybody can find it"
-        await really(ingest, blob)
+        await really(ingest, blob, asked=asked)
         assert store.has(DIGEST)
         seen.set()
 

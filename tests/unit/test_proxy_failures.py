@@ -105,7 +105,7 @@ async def test_a_document_that_cannot_be_kept_is_given(
 async def test_a_blob_that_cannot_be_kept_is_read_to_its_end_by_who_has_begun(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def commit(*arguments: Any) -> None:
+    async def commit(*arguments: Any, **options: Any) -> None:
         raise StoreFull("no room")
 
     monkeypatch.setattr(site.store, "commit", commit)
