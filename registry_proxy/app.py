@@ -53,6 +53,8 @@ _VERSION = {"Docker-Distribution-API-Version": "registry/2.0"}
 _ONCE = ("Authorization", "Host", "Range", "Content-Length", "Transfer-Encoding", "If-Range")
 _MAX_TYPE = 255
 _PUSHES = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+_PASSWORD = 'Basic realm="registries behind this mirror"'
+_TOKEN_CLIENTS = ("docker/", "Go-http-client/")
 _STALE = '299 - "the registry is away: this may be out of date"'
 """(Specification, "Warnings": clients show it to people.)"""
 
@@ -153,9 +155,21 @@ class Front:
         if self._config.login and "Authorization" not in request.headers:
             registry = parse_registry(ns) if ns is not None else self._default
             challenge = await self._upstream.challenge(registry)
+            if challenge and ns is None and self._has_password_for_us(request):
+                challenge = _PASSWORD
             if challenge:
                 raise LoginRequired(f"{registry} wants to know who asks", hint="log in", challenge=challenge)
         return web.json_response({}, headers=_VERSION)
+
+    def _has_password_for_us(self, request: web.Request) -> bool:
+        """Whether who looks at the base may be asked for a password, which we show to the registry that is meant.
+
+        The upstream's own challenge has clients show the password at the upstream's token server, whichever registry
+        behind us it is for. Docker (and its registry, as a mirror of ours) has passwords for its upstream only, and
+        shows them to token servers only. What is pushed goes with what the registry itself wants to see.
+        """
+        by_token = request.headers.get("User-Agent", "").startswith(_TOKEN_CLIENTS)
+        return self._config.uploads != "pass" and not by_token
 
     def _document(self, request: web.Request, document: Document, *, named: bool = False, link: str = "",
                   more: dict[str, str] | None = None) -> web.Response:  # fmt: skip

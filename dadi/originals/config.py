@@ -50,5 +50,5 @@ class FrontConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = 4096  # fmt: skip
     login: Annotated[
         bool,
-        described("answer /v2/ as the upstream does: clients that only look there then show their credentials"),
+        described("ask for credentials at /v2/, if the upstream does: clients that only look there then show theirs"),
     ] = False

@@ -325,6 +325,32 @@ async def test_clients_that_only_look_at_the_base_can_be_asked_to_log_in(tmp_pat
             assert (await proxy.get("/v2/", headers=basic("u", "p")))[0].status == 200
 
 
+@pytest.mark.parametrize(
+    ("client", "uploads", "query", "scheme"),
+    [("libpod/4.3.1", "refuse", "", "Basic"), ("skopeo/1.9.3", "refuse", "", "Basic"), ("", "refuse", "", "Basic"),
+     ("docker/20.10.24 go/1.19", "refuse", "", "Bearer"), ("Go-http-client/1.1", "refuse", "", "Bearer"),
+     ("libpod/4.3.1", "pass", "", "Bearer"),
+     ("libpod/4.3.1", "refuse", "?ns=", "Bearer")],
+)  # fmt: skip
+async def test_only_who_has_passwords_for_the_upstream_alone_is_sent_to_its_token_server(
+    tmp_path: Path, client: str, uploads: str, query: str, scheme: str
+) -> None:
+    async with FakeRegistry(auth="bearer", user="u", password="p") as registry:
+        front = {"login": True, "uploads": uploads}
+        async with proxied(tmp_path, registry.host, front=front) as proxy:
+            base = f"/v2/{query}{registry.host if query else ''}"
+            response, _ = await proxy.get(base, headers={"User-Agent": client})
+            assert (response.status, response.headers["WWW-Authenticate"].split()[0]) == (401, scheme)
+
+
+async def test_who_shows_an_empty_password_is_anybody(tmp_path: Path) -> None:
+    async with FakeRegistry() as registry:
+        registry.add_image("team/app", "1", [LAYER])
+        async with proxied(tmp_path, registry.host) as proxy:
+            assert (await proxy.get(MANIFEST, headers=basic("", "")))[0].status == 200
+        assert not any("Authorization" in seen.headers for seen in registry.seen)
+
+
 # ---- registry away
 
 

@@ -56,7 +56,7 @@ class DockerHub(DockerRegistry):
     def __init__(self, lab: Lab, network: Network) -> None:
         host, tokens = network.host("docker-hub"), network.host("docker-tokens")
         self.authority = Authority(lab.root / "tls")
-        self._tokens = TokenServer(tokens, _TOKENS, self.authority)
+        self.tokens = TokenServer(tokens, _TOKENS, self.authority)
         self._certificate = self.authority.issue(_REGISTRY, [_REGISTRY])
         self.hosts = lab.root / "hosts"
         self.hosts.write_text(f"127.0.0.1 localhost\n{host.address} {_REGISTRY}\n{tokens.address} {_TOKENS}\n")
@@ -65,19 +65,19 @@ class DockerHub(DockerRegistry):
 
     def start(self) -> None:
         """See `DockerRegistry`."""
-        self._tokens.start()
+        self.tokens.start()
         super().start()
 
     def stop(self) -> None:
         """End both; see `DockerRegistry`."""
-        self._tokens.stop()
+        self.tokens.stop()
         super().stop()
 
     def _configuration(self) -> dict[str, object]:
         found = super()._configuration()
         certificate, key = self._certificate
         http = {"addr": self.host, "secret": "not one", "tls": {"certificate": certificate, "key": key}}
-        return {**found, "http": http, "auth": {"token": self._tokens.settings}}
+        return {**found, "http": http, "auth": {"token": self.tokens.settings}}
 
 
 class Docker(Process):

@@ -44,7 +44,9 @@ class TokenServer:
         """docker-registry's `auth: token`."""
         self._host = host
         certificate, key = authority.issue(name, [name])
-        self._handler = _handler(_Signer(Path(certificate), Path(key)), public)
+        self.shown: list[str] = []
+        """The Authorization headers of those who have asked."""
+        self._handler = _handler(_Signer(Path(certificate), Path(key)), public, self.shown)
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.load_cert_chain(certificate, key)
         self._server: ThreadingHTTPServer | None = None
@@ -86,13 +88,14 @@ class _Signer:
         return b".".join([signed, _encoded(b"".join(number.to_bytes(32, "big") for number in both))]).decode()
 
 
-def _handler(signer: _Signer, public: str) -> type[BaseHTTPRequestHandler]:
+def _handler(signer: _Signer, public: str, seen: list[str]) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, format: str, *arguments: object) -> None:
             """Say nothing."""
 
         def do_GET(self) -> None:
             shown = self.headers.get("Authorization")
+            seen.append(shown or "")
             if shown not in (None, _RIGHT):
                 self._answer(401, {})
                 return

@@ -8,6 +8,7 @@ asks for its tokens by the name that a repository has at the proxy.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from tests.lab import images, oci_layout, pushing
 from tests.lab.cleanup import Lab
 from tests.lab.containers import containerd_lab
 from tests.lab.docker import CGROUPS, Docker, DockerHub, Placed
-from tests.lab.network import Network
+from tests.lab.network import Host, Network
 from tests.lab.oci_layout import Image
 from tests.lab.processes import REPOSITORY, Process
 from tests.lab.registry import PASSWORD, USER, DockerRegistry
@@ -86,9 +87,10 @@ class Site:
         self.engines[number].docker("login", "--username", USER, "--password-stdin", *registry, says=PASSWORD)
 
 
-def daemon(lab: Lab, host: Placed, module: str, port: int, text: str, listen: str = "127.0.0.1") -> Process:
+def daemon(lab: Lab, host: Host, module: str, port: int, text: str, listen: str = "127.0.0.1", *,
+           name: str = "") -> Process:  # fmt: skip
     """Start a program of ours with a configuration, and no more in it than what differs from the defaults."""
-    directory = lab.root / f"{host.name}-{module}"
+    directory = lab.root / f"{host.name}-{name or module}"
     directory.mkdir()
     file = directory / "config.toml"
     file.write_text(f'state = "{directory / "state"}"\nlog_json = true\n{text}')
@@ -208,16 +210,19 @@ def test_docker_pulls_by_the_name_at_the_proxy(site: Site) -> None:
     assert site.copies("lab/named", 1.0) == 1.0
 
 
-@pytest.mark.programs("podman")
-def test_podman_pulls_by_the_lines_of_the_readme_what_wants_a_token(site: Site) -> None:
+@contextlib.contextmanager
+def podman_on(site: Site, name: str, port: int = 7072) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Give podman on the second node, by the lines of the README for docker.io, and the same for other.example."""
     lines = next(block for block in re.findall(r"```\n(.*?)```", README, re.DOTALL) if "[[registry.mirror]]" in block)
-    (site.lab.root / "registries.conf").write_text(lines)
-    (site.lab.root / "auth.json").write_text("{}")
-    host, root = site.proxies[1].host, site.lab.root / "podman"
+    root = site.lab.root / name
+    root.mkdir()
+    lines = lines.replace(PROXY, f"127.0.0.1:{port}")
+    (root / "registries.conf").write_text(f"{lines}\n{lines.replace('docker.io', 'other.example')}")
+    (root / "auth.json").write_text("{}")
+    host = site.proxies[1].host
     assert host is not None
-    environment = {"SSL_CERT_FILE": site.hub.authority.file, "REGISTRY_AUTH_FILE": str(site.lab.root / "auth.json"),
-                   "CONTAINERS_REGISTRIES_CONF": str(site.lab.root / "registries.conf")}  # fmt: skip
-
+    environment = {"SSL_CERT_FILE": site.hub.authority.file, "REGISTRY_AUTH_FILE": str(root / "auth.json"),
+                   "CONTAINERS_REGISTRIES_CONF": str(root / "registries.conf")}  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="pod-") as short:  # podman refuses a runroot of more than 50 characters
         def podman(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
             fixed = ("podman", "--root", root / "root", "--runroot", short, "--tmpdir", root / "tmp",
@@ -227,12 +232,42 @@ def test_podman_pulls_by_the_lines_of_the_readme_what_wants_a_token(site: Site) 
             assert done.returncode == 0 or not check, done.stderr
             return done
 
+        yield podman
+
+
+@pytest.mark.programs("podman")
+def test_podman_pulls_by_the_lines_of_the_readme_what_wants_a_token(site: Site) -> None:
+    with podman_on(site, "podman") as podman:
         sent = site.served(1)
         podman("pull", "docker.io/lab/app:1")
         assert site.served(1) > sent, "not past the proxy"
         assert podman("pull", "docker.io/private/app:1", check=False).returncode != 0, "nobody has logged in"
         podman("login", "--tls-verify=false", "-u", USER, "-p", PASSWORD, PROXY)
         podman("pull", "docker.io/private/app:1")  # with nothing to show at Docker Hub itself
+
+
+@pytest.mark.programs("podman")
+def test_a_password_for_one_registry_is_not_shown_at_the_token_server_of_another(site: Site) -> None:
+    host, superpeer = site.proxies[1].host, site.superpeer.host
+    assert host is not None
+    assert superpeer is not None
+    text = f'listen = "127.0.0.1:7073"\nsuperpeers = ["http://{superpeer.address}:7070"]\n[front]\nlogin = true\n'
+    proxy = daemon(site.lab, host, "registry_proxy", 7073, text, name="login")
+    try:
+        with podman_on(site, "login-podman", 7073) as podman:
+            podman("pull", "docker.io/lab/app:1")
+            assert podman("pull", "docker.io/private/app:1", check=False).returncode != 0, "nobody has logged in"
+            site.hub.tokens.shown.clear()
+            behind = "127.0.0.1:7073/other.example"
+            podman("login", "--tls-verify=false", "-u", USER, "-p", "for other.example", behind)
+            assert podman("pull", "other.example/some/app:1", check=False).returncode != 0, "there is none"
+            assert site.hub.tokens.shown == [], "nobody has asked there for anything"
+            podman("login", "--tls-verify=false", "-u", USER, "-p", PASSWORD, "127.0.0.1:7073/docker.io")
+            sent = json.loads(host.get("127.0.0.1", 7073, "/v1/status")[1])["served"]["bytes"]
+            podman("pull", "docker.io/private/app:1")
+            assert json.loads(host.get("127.0.0.1", 7073, "/v1/status")[1])["served"]["bytes"] > sent
+    finally:
+        proxy.stop()
 
 
 def test_docker_goes_to_docker_hub_by_itself_when_the_proxy_cannot_answer_or_is_down(site: Site) -> None:
