@@ -132,7 +132,7 @@ class Origin:
             return await self._alone(reference, descriptor, diff_id)
         fetch, arriving = begun
         try:
-            return await self._stream(reference, descriptor, diff_id, whole_of(arriving), fetch)
+            return await self._stream(reference, descriptor, diff_id, whole_of(arriving), fetch, verified=True)
         except BaseException as error:
             beside.over()
             if beside.asked:
@@ -155,8 +155,8 @@ class Origin:
 
     async def _stream(self, reference: Reference, descriptor: Descriptor, diff_id: str,
                       pieces: AsyncGenerator[bytes, None], fetch: Fetch | None = None, *,
-                      mirrors: bool = True) -> LayerIndex:  # fmt: skip
-        """`fetch`: where the pieces come from, if they were not here."""
+                      mirrors: bool = True, verified: bool = False) -> LayerIndex:  # fmt: skip
+        """`fetch`: where the pieces come from, if they were not here. `verified`: see `build`."""
         source = build.LayerSource(descriptor.digest, descriptor.size, descriptor.media_type, diff_id)
         ingest = self._store.ingest()
 
@@ -167,7 +167,7 @@ class Origin:
         try:
             async with contextlib.aclosing(pieces):
                 index = await build.build(pieces, source, ingest, chunk_size=self._chunk_size, limits=self._limits,
-                                          on_progress=progress)  # fmt: skip
+                                          on_progress=progress, verified=verified)  # fmt: skip
             # A mirror may give anybody what it fetched as itself.
             by_mirror = mirrors and reference.registry in self._mirrored
             if fetch is not None and not fetch.nearer_bytes and not by_mirror:

@@ -75,16 +75,18 @@ async def build(
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     limits: Limits | None = None,
     on_progress: Callable[[int], None] | None = None,
+    verified: bool = False,
 ) -> LayerIndex:
     """Return the index of the layer whose bytes, as the registry has them, are `pieces` (of any sizes).
 
     `on_progress` is called on the event loop with the number of compressed bytes that are done, now and then and at
-    the end. Raises DigestMismatch if the bytes are not what `layer` says; Malformed, TooLarge, Unsupported for a layer
-    that is what it says and still cannot be indexed; whatever `pieces`, `sink` and `on_progress` raise. After an error
-    the sink has been given bytes that must be thrown away. `pieces` is the caller's to close.
+    the end. `verified`: `pieces` raises, and does not give the last byte, if its bytes are not what `layer` says: they
+    are not hashed again. Raises DigestMismatch if the bytes are not what `layer` says; Malformed, TooLarge, Unsupported
+    for a layer that is what it says and still cannot be indexed; whatever `pieces`, `sink` and `on_progress` raise.
+    After an error the sink has been given bytes that must be thrown away. `pieces` is the caller's to close.
     """
     progress = on_progress or (lambda _: None)
-    work = _Pass(layer, sink, chunk_size, limits or Limits())
+    work = _Pass(layer, sink, chunk_size, limits or Limits(), verified=verified)
     try:
         async for piece in pieces:
             await work.feed(piece)
@@ -103,7 +105,7 @@ class _Stopped(Exception):
 class _Pass:
     """The threads of one pass and what goes between them. `feed`, `finish` and `close` belong to the event loop."""
 
-    def __init__(self, layer: LayerSource, sink: LayerSink, chunk_size: int, limits: Limits) -> None:
+    def __init__(self, layer: LayerSource, sink: LayerSink, chunk_size: int, limits: Limits, *, verified: bool) -> None:
         self.done = 0
         """Compressed bytes that thread 1 has taken."""
         self._layer = layer
@@ -112,7 +114,7 @@ class _Pass:
         self._loop = asyncio.get_running_loop()
         self._room = asyncio.Event()
         self._given = 0
-        self._compressed = _Compressed(self._taken)
+        self._compressed = _Compressed(self._taken, None if verified else hashlib.sha256())
         self._to_tar: queue.Queue[bytes | None] = queue.Queue(_QUEUE)
         self._to_chunks: queue.Queue[bytes | None] = queue.Queue(_QUEUE)
         self._tar = TarParser(limits.tar)
@@ -149,7 +151,7 @@ class _Pass:
             raise self._fatal
         if given.size != layer.layer_size:
             raise self._mismatch(f"{given.size} bytes arrived; its manifest says {layer.layer_size}")
-        if given.digest() != layer.layer_digest:
+        if given.digest() not in (None, layer.layer_digest):
             raise self._mismatch(f"the bytes that arrived are {given.digest()}")
         if (error := self._layer_error) is not None:
             raise type(error)(f"layer {layer.layer_digest}: {error.message}", hint=error.hint)
@@ -239,15 +241,15 @@ class _Pass:
 
 
 class _Compressed:
-    """The compressed bytes on their way from the event loop (`put`, `stop`) to thread 1 (`read`, `drain`), hashed.
+    """The compressed bytes on their way from the event loop (`put`, `stop`) to thread 1 (`read`, `drain`).
 
-    `taken` is called with the size of each piece that thread 1 takes.
+    `taken` is called with the size of each piece that thread 1 takes. `hashed` is fed with them.
     """
 
-    def __init__(self, taken: Callable[[int], None]) -> None:
+    def __init__(self, taken: Callable[[int], None], hashed: hashlib._Hash | None) -> None:
         self.size = 0
         self._taken = taken
-        self._hash = hashlib.sha256()
+        self._hash = hashed
         self._pieces: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._piece: bytes | None = b""
         self._at = 0
@@ -278,15 +280,16 @@ class _Compressed:
         while self._piece is not None:
             self._next_piece()
 
-    def digest(self) -> str:
-        """Return the digest of what was taken so far."""
-        return digests.from_raw(self._hash.digest())
+    def digest(self) -> str | None:
+        """Return the digest of what was taken so far; None if it is not hashed here."""
+        return digests.from_raw(self._hash.digest()) if self._hash is not None else None
 
     def _next_piece(self) -> None:
         self._piece, self._at = self._pieces.get(), 0
         if self._stopped:
             raise _Stopped
         if self._piece is not None:
-            self._hash.update(self._piece)
+            if self._hash is not None:
+                self._hash.update(self._piece)
             self.size += len(self._piece)
             self._taken(len(self._piece))
