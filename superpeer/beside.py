@@ -23,15 +23,16 @@ _UNPACKED = 5
 class Beside:
     """One layer's; an `Unasked` for `Originals`. `on_wanted`: somebody asks for it who does not want the index."""
 
-    def __init__(self, store: DiskBlobs, size: int, on_wanted: Callable[[], None]) -> None:
+    def __init__(self, store: DiskBlobs, digest: str, size: int, on_wanted: Callable[[], None]) -> None:
         self.asked = False
         self._store = store
+        self._digest = digest
         self._size = size
         self._on_wanted = on_wanted
         self._settled = asyncio.Event()
 
     def __repr__(self) -> str:
-        return f"Beside({self._size} bytes{', asked for' if self.asked else ''})"
+        return f"Beside({self._digest}, {self._size} bytes{', asked for' if self.asked else ''})"
 
     async def fits(self) -> bool:
         """Whether both forms have room together, and nobody has to go for it before it is known to be wanted."""
@@ -53,5 +54,7 @@ class Beside:
     async def keep(self) -> bool:
         """See `Unasked`."""
         await self._settled.wait()
+        if self._store.has(self._digest):
+            return False  # it is a tar itself, and has been kept as that
         room = await self._store.room(self._size)
         return self.asked or (room.enough and not room.evicted)

@@ -121,9 +121,10 @@ class Origin:
 
     async def _shared(self, reference: Reference, descriptor: Descriptor, diff_id: str) -> LayerIndex:
         """Make the index of bytes that plain pulls get, too, wherever that can be."""
-        beside = Beside(self._store, descriptor.size, lambda: self._hurry((descriptor.digest, diff_id)))
-        may_come = self._keep_compressed and descriptor.digest != diff_id and await beside.fits()
-        pieces = self._originals.local(reference, descriptor.digest)
+        digest = descriptor.digest
+        beside = Beside(self._store, digest, descriptor.size, lambda: self._hurry((digest, diff_id)))
+        may_come = self._keep_compressed and await beside.fits()
+        pieces = self._originals.local(reference, digest)
         if pieces is not None:
             return await self._stream(reference, descriptor, diff_id, pieces)
         coming = self._originals.coming
@@ -140,7 +141,7 @@ class Origin:
             await arriving.close()  # what it took is free then
             if not isinstance(error, StoreFull):
                 raise
-            self._fallbacks.note("compressed layer not kept, no room", f"{descriptor.digest}: {error}")
+            self._fallbacks.note("compressed layer not kept, no room", f"{digest}: {error}")
         finally:
             beside.over()
         return await self._alone(reference, descriptor, diff_id)

@@ -21,6 +21,7 @@ The asked one answers from what it has, or is fetching for itself; it begins not
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator
 
 import aiohttp
@@ -92,7 +93,9 @@ class SiblingOriginals:
         where, siblings, came = f"{url}/sibling/v1/originals/{digest}/bytes", self._siblings, 0
         request = http.request(siblings.session, "GET", where, "reading a sibling's blob",
                                headers=siblings.list_headers(), timeout=self._slow)  # fmt: skip
-        async with siblings.superpeers.asking(url), request as response:
+        async with siblings.superpeers.asking(url), contextlib.AsyncExitStack() as held:
+            async with siblings.watched(url):
+                response = await held.enter_async_context(request)
             if response.content_length != size:
                 raise DigestMismatch(f"{where} has {response.content_length} bytes, not {size}", source=url)
             while True:
@@ -151,7 +154,7 @@ class SiblingOriginals:
     def _precedes(self, url: str, digest: str) -> bool:
         """Whether a sibling comes before us where both want the same: one of two, whoever reckons."""
         own = self._siblings.own
-        order = owners(digest, sorted({*self._siblings.superpeers.names, own}))
+        order = owners(digest, sorted({*self._siblings.superpeers.names, own, url}))
         return order.index(url) < order.index(own)
 
     async def _ask_all(self, digest: str) -> list[tuple[str, OriginalHere]]:

@@ -19,9 +19,11 @@ from dadi import http
 from dadi.peers.owners import owners
 from tests.fakes import indexed
 from tests.fakes.registry import FakeRegistry
+from tests.lab import images
 from tests.lab.datacenter import Datacenter, datacenter
 from tests.lab.network import free_ports
 from tests.lab.proxies import proxied
+from tests.lab.registry import DockerRegistry, available
 from tests.lab.services import Running, running, tar_of
 
 
@@ -96,6 +98,39 @@ async def test_lazy_and_plain_are_one_copy(tmp_path: Path, registry: FakeRegistr
             assert copies == [1.0] * len(layers)
 
 
+@pytest.mark.skipif(not available(), reason="docker-registry is not installed (scripts/setup does it)")
+@pytest.mark.programs("skopeo")
+@pytest.mark.parametrize("first", ["lazy", "plain", "both"])
+async def test_so_says_a_real_registry(tmp_path: Path, first: str) -> None:
+    made = images.synthetic(tmp_path / "oci", layers=4, size=1 << 20, compression=["gzip", "zstd", "none", "fast-gzip"])
+    (tmp_path / "registry").mkdir()
+    with DockerRegistry(tmp_path / "registry") as registry:
+        await asyncio.to_thread(made.push, f"{registry.host}/team/app:1")
+        before = registry.blob_traffic()
+
+        async def lazy() -> int:
+            index = await dc.index(f"{registry.host}/team/app:1")
+            assert [digests.of(tar) for tar in await dc.read(index)] == [layer.diff_id for layer in made.layers]
+            return len(index.config)
+
+        async def plain() -> None:
+            async with proxied(tmp_path / "p", registry.host, superpeers=tuple(dc.urls)) as proxy:
+                for layer in made.layers:
+                    body = (await proxy.get(f"/v2/team/app/blobs/{layer.blob.digest}"))[1]
+                    assert digests.of(body) == layer.blob.digest
+
+        async with datacenter(tmp_path, registry.host) as dc:
+            if first == "both":
+                config, _ = await asyncio.gather(lazy(), plain())
+            elif first == "lazy":
+                config = await lazy()
+                await plain()
+            else:
+                await plain()
+                config = await lazy()
+        assert registry.blob_traffic().size - before.size == made.compressed_size + config, "1.0 copies, and the config"
+
+
 async def test_three_superpeers_are_no_different(tmp_path: Path, registry: FakeRegistry) -> None:
     async with datacenter(tmp_path, registry.host, count=3) as dc:
         tars = tars_owned_apart(dc.urls, count=2)
@@ -141,22 +176,31 @@ PATH = f"/v2/team/app/blobs/{DIGEST}"
 class FakeSibling:
     """Tells what a test says of LAYER, and sends what it says."""
 
-    def __init__(self, told: bytes, body: bytes, cut: int | None = None) -> None:
+    def __init__(self, told: bytes, body: bytes, cut: int | None = None, hangs: bool = False) -> None:
         self.told, self.body, self.cut = told, body, cut
+        self.go = asyncio.Event()
+        if not hangs:
+            self.go.set()
         self.asked: list[str] = []
 
     async def serve(self, port: int) -> web.AppRunner:
         app = web.Application()
         app.router.add_get("/sibling/v1/originals/{digest}", self._told)
         app.router.add_get("/sibling/v1/originals/{digest}/bytes", self._bytes)
+        app.router.add_get("/healthz", self._healthz)
         runner, _ = await http.serve_tcp(app, f"127.0.0.1:{port}")
         return runner
 
     async def _told(self, request: web.Request) -> web.Response:
         return web.Response(body=self.told)
 
+    async def _healthz(self, request: web.Request) -> web.Response:
+        await self.go.wait()
+        return web.Response()
+
     async def _bytes(self, request: web.Request) -> web.StreamResponse:
         self.asked.append(request.path)
+        await self.go.wait()
         response = web.StreamResponse(headers={"Content-Length": str(len(self.body))})
         await response.prepare(request)
         await response.write(self.body[: self.cut])
@@ -227,6 +271,19 @@ async def test_what_a_sibling_breaks_off_comes_from_the_registry(
         assert await pulled(run, registry, tmp_path / "p") == LAYER
         assert sent(registry, [LAYER]) == [pytest.approx(1 - (cut or 0) / len(LAYER), abs=0.25)]
         assert "blob broken off by a sibling, registry asked" in kinds(run)
+
+
+async def test_a_sibling_that_begins_to_hang_is_not_waited_for(tmp_path: Path, registry: FakeRegistry) -> None:
+    registry.add_image("team/app", "1", [LAYER])
+    sibling = FakeSibling(told(registry), LAYER, hangs=True)
+    try:
+        async with next_to(tmp_path / "s", registry.host, sibling) as run, asyncio.timeout(15):
+            assert await pulled(run, registry, tmp_path / "p") == LAYER
+            assert "blob broken off by a sibling, registry asked" in kinds(run)
+            sibling.go.set()
+    finally:
+        sibling.go.set()
+    assert sent(registry, [LAYER]) == [1.0]
 
 
 @pytest.mark.parametrize("lie", [b"", b"{}", b"[" * 5000, b" " * (1 << 20), b'{"arriving": -1}', b'{"sources": 1}'])
