@@ -93,7 +93,7 @@ class Assembly:
         except DadiError as error:
             self._fallbacks.note("layer not assembled from ranges", f"{digest}: {error}")
             return None
-        return Chunked(self._store, blob, partial(self._opened, *found))
+        return Chunked(self._store, blob, partial(self._opened, *found), self._fallbacks)
 
     @contextlib.asynccontextmanager
     async def _opened(self, reference: str, layer: ImageLayer) -> AsyncIterator[Source]:

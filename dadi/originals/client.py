@@ -46,6 +46,7 @@ from dadi.originals.inquiry import Inquiry
 from dadi.originals.intake import Intake
 from dadi.originals.messages import MOST_WAIT, NEXT, SMALL, STALE, OriginalAnswer
 from dadi.originals.original import Awaited, Chunked, Original, Passing, check_size
+from dadi.originals.restart import GONE, Restart
 from dadi.originals.waiting import Waiting
 from dadi.peers.superpeers import Superpeers
 from dadi.tls import Tls
@@ -205,7 +206,7 @@ class FromSuperpeers:
             return Passing(digest, said.size, lambda: self._stream(digest, said.size, asker, alone=True))
         shared = self._shared and said.size > SMALL and self._fits(said.size)
         if said.blob is not None and (shared or not self._shared) and self._fits(said.size):
-            return Chunked(self._store, said.blob, lambda: self._opened(asker))
+            return Chunked(self._store, said.blob, lambda: self._opened(asker), self._fallbacks)
         if shared and may_wait:
             return self._waiting(said.size, digest, asker)
         return self._intake.begin(
@@ -235,7 +236,7 @@ class FromSuperpeers:
                 self._fallbacks.note("no chunk table in time, original streamed", digest)
             return self._open(said, digest, asker, may_wait=False)
 
-        return Waiting(size, self._wait, ask, then)
+        return Waiting(size, self._wait, ask, then, self._fallbacks)
 
     async def token(self, digest: str) -> str:
         """Return a new token for a blob that was asked for, as for who asked last; raise NotFound if there is none."""
@@ -292,14 +293,18 @@ class FromSuperpeers:
         Not `alone`: where the asker is refused, it goes on as for another who wants it from the same registry.
         """
         at = tries = failed_at = 0
+        restart = Restart()
         with contextlib.ExitStack() as held:
             held.enter_context(self._asked.reading(asker))
             while at < size:
+                answered = False
                 try:
                     headers, parameters = {"Range": f"bytes={at}-{size - 1}"}, {"reference": str(asker.ref)}
                     async with self._inquiry.ask(digest, f"/v1/original/{digest}", parameters, asker.caller, headers,
                                                  first=tries) as response:  # fmt: skip
                         _check_range(response, at, size - 1, size)
+                        answered = True
+                        restart.came()
                         while piece := await self._inquiry.piece(response):
                             at += len(piece)
                             if at > size:
@@ -315,6 +320,9 @@ class FromSuperpeers:
                     asker = others[0]
                     held.enter_context(self._asked.reading(asker))
                 except Unavailable as error:
+                    if at and not answered and await restart.wait(error):
+                        self._fallbacks.note(GONE, str(error))
+                        continue
                     # Few, also where a little comes each time: what was found to be wrong breaks off too, at its end.
                     if at - failed_at >= _PROGRESS:
                         tries = 0

@@ -22,9 +22,10 @@ from dadi import digest as digests
 from dadi.blobs.disk import DiskBlobs
 from dadi.blobs.single_flight import runs
 from dadi.blobs.source import Source, Urgency
-from dadi.errors import AccessDenied, DadiError, DigestMismatch, NotFound, StoreFull, Unsupported
+from dadi.errors import AccessDenied, DadiError, DigestMismatch, NotFound, StoreFull, Unavailable, Unsupported
 from dadi.fallbacks import Fallbacks
 from dadi.index.chunks import Blob
+from dadi.originals.restart import GONE, Restart
 
 _EMPTY = digests.of(b"")
 _STEP = 4 << 20
@@ -85,13 +86,14 @@ class Chunked:
     """A blob whose chunk table is known: what is not here is brought chunk by chunk, and shared with all others.
 
     When all of it is here it is made complete, which verifies the whole; an answer that goes up to the blob's end
-    waits for that.
+    waits for that. Once something was given, a source of our own that cannot be reached is waited for (`restart.py`).
     """
 
-    def __init__(self, store: DiskBlobs, blob: Blob, opened: Opened) -> None:
+    def __init__(self, store: DiskBlobs, blob: Blob, opened: Opened, fallbacks: Fallbacks) -> None:
         self._store = store
         self._blob = blob
         self._opened = opened
+        self._fallbacks = fallbacks
 
     def __repr__(self) -> str:
         return f"Chunked({self._blob!r})"
@@ -115,7 +117,7 @@ class Chunked:
                     for number, step in enumerate(steps):
                         data = await coming
                         if number + 1 < len(steps):  # while one is sent, the next is on its way
-                            coming = asyncio.ensure_future(self._bring(source, steps[number + 1]))
+                            coming = asyncio.ensure_future(self._bring_on(source, steps[number + 1]))
                         elif end == table.size and not await self._store.missing(self._blob):
                             await self._store.finish(self._blob)
                         first, size = table.span(step)
@@ -125,6 +127,17 @@ class Chunked:
                 finally:
                     coming.cancel()
                     await asyncio.gather(coming, return_exceptions=True)
+
+    async def _bring_on(self, source: Source, step: range) -> bytes | None:
+        """Do as `_bring`, for who has been given something."""
+        restart = Restart()
+        while True:
+            try:
+                return await self._bring(source, step)
+            except Unavailable as error:
+                if not await restart.wait(error):
+                    raise
+                self._fallbacks.note(GONE, str(error))
 
     async def _bring(self, source: Source, step: range) -> bytes | None:
         """Bring chunks into the store; return them where the store has no room for them."""

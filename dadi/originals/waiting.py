@@ -19,9 +19,11 @@ import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
-from dadi.errors import DigestMismatch
+from dadi.errors import DigestMismatch, Unavailable
+from dadi.fallbacks import Fallbacks
 from dadi.originals.messages import OriginalAnswer
 from dadi.originals.original import Original, OriginalPart
+from dadi.originals.restart import GONE, Restart
 
 PATIENCE = 45.0
 """Seconds: clients (containerd's image_pull_progress_timeout among them) give up after a minute without a byte."""
@@ -36,11 +38,13 @@ Ask = Callable[[int, int], Awaitable[OriginalAnswer]]
 class Waiting:
     """See the head of this file. `then` is what the superpeer's last answer leads to."""
 
-    def __init__(self, size: int, wait: int, ask: Ask, then: Callable[[OriginalAnswer], Original]) -> None:
+    def __init__(self, size: int, wait: int, ask: Ask, then: Callable[[OriginalAnswer], Original],
+                 fallbacks: Fallbacks) -> None:  # fmt: skip
         self.size = size
         self._wait = wait
         self._ask = ask
         self._then = then
+        self._fallbacks = fallbacks
 
     def __repr__(self) -> str:
         return f"Waiting({self.size} bytes)"
@@ -52,7 +56,7 @@ class Waiting:
         asked = 0
         while True:
             soon = not given and asked < _HASTY
-            said = await self._ask(min(_SOON, self._wait) if soon else self._wait, offset + len(given))
+            said = await self._asked(min(_SOON, self._wait) if soon else self._wait, offset, len(given))
             asked += 1
             missing = length - 1 - len(given)
             if not said.coming or (missing and time.monotonic() > until):
@@ -64,6 +68,16 @@ class Waiting:
         async with contextlib.aclosing(_rest(self._then(said), offset, length, bytes(given))) as parts:
             async for part in parts:
                 yield part
+
+    async def _asked(self, wait: int, offset: int, given: int) -> OriginalAnswer:
+        restart = Restart()
+        while True:
+            try:
+                return await self._ask(wait, offset + given)
+            except Unavailable as error:
+                if not given or not await restart.wait(error):
+                    raise
+                self._fallbacks.note(GONE, str(error))
 
 
 async def _rest(original: Original, offset: int, length: int, given: bytes) -> AsyncGenerator[OriginalPart, None]:

@@ -10,10 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dadi.errors import DigestMismatch, Unavailable
+from dadi.errors import DigestMismatch, Unavailable, Unreachable
+from dadi.fallbacks import Fallbacks
 from dadi.originals import waiting
 from dadi.originals.messages import HEAD, OriginalAnswer
 from dadi.originals.original import Original, OriginalPart
+from dadi.originals.restart import GONE
 from dadi.originals.waiting import Waiting
 
 DATA = bytes(range(256)) * 200
@@ -53,7 +55,7 @@ class Superpeer:
 
 
 def waiting_for(superpeer: Superpeer, original: Original) -> Waiting:
-    return Waiting(original.size, 10, superpeer, lambda said: original)
+    return Waiting(original.size, 10, superpeer, lambda said: original, Fallbacks())
 
 
 async def read(original: Original, offset: int, length: int) -> list[bytes]:
@@ -84,7 +86,30 @@ async def test_an_error_of_the_superpeer_is_the_readers(tmp_path: Path) -> None:
         raise Unavailable("gone")
 
     with pytest.raises(Unavailable, match="gone"):
-        await read(Waiting(10, 10, ask, lambda said: Given(tmp_path / "x", DATA, 1)), 0, 10)
+        await read(Waiting(10, 10, ask, lambda said: Given(tmp_path / "x", DATA, 1), Fallbacks()), 0, 10)
+
+
+@pytest.mark.parametrize(("gone_at", "waits"), [(0, False), (2, True)])
+async def test_a_superpeer_that_is_gone_for_a_moment_is_waited_for_by_who_has_been_given_something(
+    tmp_path: Path, gone_at: int, waits: bool
+) -> None:
+    superpeer, fallbacks, failures = Superpeer(DATA, 1000, 4), Fallbacks(), 0
+
+    async def ask(wait: int, start: int) -> OriginalAnswer:
+        nonlocal failures
+        if len(superpeer.asked) == gone_at and failures < 2:
+            failures += 1
+            raise Unreachable("restarted just now")
+        return await superpeer(wait, start)
+
+    original = Given(tmp_path / "blob", DATA, 7000)
+    blob = Waiting(len(DATA), 10, ask, lambda said: original, fallbacks)
+    if waits:
+        assert b"".join(await read(blob, 0, len(DATA))) == DATA
+        assert [row["kind"] for row in fallbacks.statistics()] == [GONE]
+    else:
+        with pytest.raises(Unreachable):
+            await read(blob, 0, len(DATA))
 
 
 async def test_who_hears_nothing_for_too_long_takes_what_there_is_and_who_gets_bytes_goes_on_waiting(
