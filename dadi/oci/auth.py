@@ -1,6 +1,7 @@
 """Requests that prove who we are: challenges answered, tokens fetched once, kept, and renewed when they run out.
 
-    1. A request goes out with what is known for (registry, scope); at first that is nothing.
+    1. A request goes out with what is known for (registry, scope); at first that is nothing, or the token that a caller
+       of ours has shown for this very registry.
     2. 401 with a challenge: Basic is answered with the credentials; for Bearer a token is fetched from the realm, with
        the credentials if there are any, else as anybody.
     3. 401 or 403 to something that we did show: it may have run out, in the middle of a download too. It is made
@@ -30,7 +31,7 @@ from dadi.errors import AccessDenied, DadiError, Malformed
 from dadi.oci import challenge as challenges
 from dadi.oci.answer import Answer
 from dadi.oci.challenge import Challenge
-from dadi.oci.credentials import Credentials, CredentialSource
+from dadi.oci.credentials import Credentials, CredentialSource, FixedCredentials
 from dadi.oci.hosts import Hosts, origin_of
 from dadi.oci.outgoing import Body
 from dadi.oci.transport import Transport
@@ -91,6 +92,8 @@ class Authenticator:
         """
         home = origin_of(self._hosts.base_url(registry))
         grant = self._grant((registry, scope))
+        if grant.authorization is None and isinstance(self._credentials, FixedCredentials):
+            await self._show_token(grant, registry, repository_in(scope))
         fresh = False
         for round_ in range(_ROUNDS + 1):
             if grant.challenge and self._transport.clock.monotonic() >= grant.expires:
@@ -128,6 +131,12 @@ class Authenticator:
         if len(self._grants) > _MAX_GRANTS:
             self._grants.popitem(last=False)
         return grant
+
+    async def _show_token(self, grant: _Grant, registry: str, repository: str) -> None:
+        """Use a token that is in our hands already: the registry need not say first that it wants one."""
+        credentials = await self._credentials.get(registry, repository)
+        if credentials is not None and credentials.registry_token:
+            grant.authorization, grant.credentials = f"Bearer {credentials.registry_token}", credentials
 
     async def _renew_early(self, grant: _Grant, registry: str, scope: str) -> bool:
         """As `_renew`; a challenge that leads nowhere any more is forgotten: the registry says what it wants now."""

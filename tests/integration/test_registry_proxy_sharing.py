@@ -196,6 +196,19 @@ async def test_a_thousand_pulls_of_a_private_tag_cost_the_registry_what_one_does
     assert costs[0] == costs[1]
 
 
+async def test_each_of_a_thousand_tokens_costs_the_registry_one_request(tmp_path: Path, private: FakeRegistry) -> None:
+    tokens = [f"token-{number}" for number in range(300)]
+    private.tokens.update(tokens)
+    async with proxied(tmp_path, private.host, originals={"tag_ttl": 60.0}) as proxy:
+        assert (await proxy.get(MANIFEST, headers=A))[0].status == 200
+        private.seen.clear()
+        headers = [{"Authorization": f"Bearer {token}"} for token in tokens]
+        answers = await asyncio.gather(*(proxy.get(MANIFEST, headers=each) for each in headers))
+        assert {response.status for response, _ in answers} == {200}
+        assert (await proxy.get(MANIFEST, headers={"Authorization": "Bearer wrong"}))[0].status == 401
+    assert len(private.seen) <= len(tokens) + 3
+
+
 async def test_through_a_superpeer_the_base_is_asked_for_once_too(tmp_path: Path, private: FakeRegistry) -> None:
     async with (
         running(tmp_path / "s", private.host) as run,
