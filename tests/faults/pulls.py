@@ -97,14 +97,14 @@ def superpeers_killed(run: Run) -> int:
 def superpeer_hangs(run: Run) -> int:
     """While a layer is on its way to it, and for whoever asks then; the stand-in is there."""
     with Fleet(run) as fleet:
-        (image,) = images = fleet.images(layers=1)
-        victim = _owner(run, image)
+        images = fleet.images(layers=1)
         with (
             fleet.engines(fleet.behind, fleet.warm(fleet.behind)),
             _slowly(run),
             fleet.engines(fleet.behind, images, engines=1, once=True) as new,
         ):
-            _arrives(run, victim)
+            # Whichever it is: who was killed in the case before may still be passed over.
+            victim = _arrives(run, *run.scene.superpeers)
             with _stopped(victim):
                 run.scene.supply.door.fault = None
                 fleet.have(new)
