@@ -169,9 +169,13 @@ class Origin:
             async with contextlib.aclosing(pieces):
                 index = await build.build(pieces, source, ingest, chunk_size=self._chunk_size, limits=self._limits,
                                           on_progress=progress, verified=verified)  # fmt: skip
-            # A mirror may give anybody what it fetched as itself.
+            # A mirror may give anybody what it fetched as itself; for a plain pull it may have gone on as for another.
             by_mirror = mirrors and reference.registry in self._mirrored
-            if fetch is not None and not fetch.nearer_bytes and not by_mirror:
+            own = fetch is not None and not fetch.nearer_bytes and fetch.name == reference.name
+            if not own:
+                # Its bytes were here, or at a sibling: that the image names it does not say that its repository has it.
+                await self._registry.blob_size(reference, descriptor.digest)
+            elif not by_mirror:
                 self._on_shown(reference, descriptor.digest, diff_id)
             await self._store.commit(ingest, Blob(index.diff_id, index.table))
         finally:

@@ -13,13 +13,14 @@ from random import Random
 import pytest
 
 from dadi import digest as digests
-from dadi.errors import Malformed
+from dadi.errors import Malformed, NotFound
 from dadi.oci.credentials import Credentials
 from dadi.prefetch.life import State
 from dadi.prefetch.messages import Request, canonical
 from superpeer.config import IndexingConfig
+from superpeer.shown_layers import Layer
 from tests.fakes import indexed
-from tests.fakes.registry import FakeRegistry, Fault
+from tests.fakes.registry import FakeRegistry, Fault, status
 from tests.lab.proxies import proxied
 from tests.lab.services import CHUNK, PLATFORM, Running, running, tar_of
 
@@ -254,6 +255,50 @@ async def test_who_may_not_read_the_repository_gets_nothing_of_what_comes_by(tmp
                 await made
                 assert (await proxy.get(PATH))[0].status == 401
         assert sent(registry) == 1
+
+
+@pytest.mark.parametrize("other", ["first", "other"])
+async def test_what_was_gone_on_with_for_a_plain_pull_is_no_proof_of_the_images_repository(
+    tmp_path: Path, other: str
+) -> None:
+    async with FakeRegistry(auth="bearer", user="me", password="secret") as registry:
+        for name in ("first", "other"):
+            indexed._add_image(registry, f"team/{name}", [LAYER], [DIFF_ID])
+        registry.tokens.add("a")
+        own = tmp_path / "config.json"
+        basic = Credentials("me", "secret").basic.removeprefix("Basic ")
+        own.write_text(json.dumps({"auths": {registry.host: {"auth": basic}}}))
+        gate = asyncio.Event()
+        # The superpeer's own credentials are refused, twice: the token may have run out.
+        registry.script(f"team/first/blobs/{DIGEST}", Fault(gate=gate, status=403), Fault(status=403), method="GET")
+        async with running(tmp_path / "s", registry.host, docker_config=own) as run:
+            made = run.superpeer.resolve(image(registry), PLATFORM).task
+            await until(lambda: registry.asked(f"team/first/blobs/{DIGEST}", "GET"))
+            async with proxied(tmp_path / "p", registry.host, superpeers=(run.url,)) as proxy:
+                path = f"/v2/team/{other}/blobs/{DIGEST}"
+                pull = asyncio.create_task(proxy.get(path, headers={"Authorization": "Bearer a"}))
+                await until(lambda: run.superpeer.originals.intake.statistics()["readers"] >= 2)
+                gate.set()
+                assert (await pull)[1] == LAYER
+            await made
+            proof = run.superpeer.shown.proof(Layer(f"{registry.host}/team/first", DIGEST, DIFF_ID))
+            assert (proof is not None) == (other == "first")
+
+
+async def test_a_layer_that_is_here_is_indexed_only_for_a_repository_that_has_it(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    """Whoever knows a digest can name it in an image of his own."""
+    indexed._add_image(registry, "team/other", [LAYER], [DIFF_ID])
+    async with running(tmp_path / "s", registry.host) as run:
+        async with proxied(tmp_path / "p", registry.host, superpeers=(run.url,)) as proxy:
+            assert (await proxy.get(f"/v2/team/other/blobs/{DIGEST}"))[1] == LAYER
+        registry.script(f"team/first/blobs/{DIGEST}", *[status(404)] * 5)
+        with pytest.raises(NotFound):
+            await run.index(image(registry))
+        assert run.superpeer.catalog.records() == []
+        assert not run.superpeer.store.has(DIFF_ID)
+    assert registry.asked(f"team/first/blobs/{DIGEST}", "GET") == []
 
 
 @pytest.fixture

@@ -16,9 +16,11 @@ from aiohttp import web
 
 from dadi import digest as digests
 from dadi import http
+from dadi.errors import NotFound
 from dadi.peers.owners import owners
+from superpeer.shown_layers import Layer
 from tests.fakes import indexed
-from tests.fakes.registry import FakeRegistry
+from tests.fakes.registry import FakeRegistry, status
 from tests.lab import images
 from tests.lab.datacenter import Datacenter, datacenter
 from tests.lab.network import free_ports
@@ -307,6 +309,30 @@ async def test_what_came_from_another_registry_has_to_be_proved_by_this_one(
         assert await pulled(run, registry, tmp_path / "p") == LAYER
     assert sibling.asked == []
     assert sent(registry, [LAYER]) == [1.0]
+
+
+async def test_a_layer_that_a_sibling_has_is_indexed_only_for_a_repository_that_has_it(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    tar = tar_of(a=LAYER)
+    packed = gzip.compress(tar, mtime=0)
+    indexed._add_image(registry, "team/app", [packed], [digests.of(tar)])
+    for has_it in (False, True):
+        sibling = FakeSibling(told(registry), packed)
+        if not has_it:
+            registry.script(f"/blobs/{digests.of(packed)}", *[status(404)] * 5)
+        async with next_to(tmp_path / f"s-{has_it}", registry.host, sibling) as run:
+            if has_it:
+                await run.index(f"{registry.host}/team/app:1")
+            else:
+                with pytest.raises(NotFound):
+                    await run.index(f"{registry.host}/team/app:1")
+            assert run.superpeer.store.has(digests.of(tar)) == has_it
+            assert len(sibling.asked) == 1
+            proof = run.superpeer.shown.proof(Layer(f"{registry.host}/team/app", digests.of(packed), digests.of(tar)))
+            assert proof is None, "the repository has sent nothing"
+        registry._script.clear()
+    assert sent(registry, [packed]) == [0.0]
 
 
 async def test_one_that_wants_the_same_and_has_nothing_yet_is_followed_by_one_of_two_only(
