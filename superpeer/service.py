@@ -133,7 +133,8 @@ class Superpeer:
     def _nearer(self, ref: Reference) -> Source:
         """Return what siblings have of compressed layers, for who may read a repository."""
         assert self.sibling_originals is not None
-        return self.sibling_originals.chunks(partial(self.originals.proven.shares, ref.registry))
+        has = partial(self.registry.blob_size, ref)
+        return self.sibling_originals.chunks(partial(self.originals.proven.shares, ref.registry), has)
 
     def _revoke_loose(self, layer: Layer) -> None:
         if self._who_may is not None:

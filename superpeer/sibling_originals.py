@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+import math
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import aiohttp
 
@@ -37,6 +38,9 @@ from superpeer.sibling_chunks import NOBODY_KNOWS, Answers
 from superpeer.sibling_serving import OriginalHere, decode_here
 from superpeer.siblings import Siblings, bounded
 
+Has = Callable[[str], Awaitable[object]]
+"""Raises DadiError unless the registry says that a repository has a blob."""
+May = Callable[[str], Awaitable[bool]]
 _MAX_TOLD = 128 << 10
 _HAS_IT = 10.0
 """Seconds that it is believed that a sibling has something of a blob; one that has not all of it may soon have more."""
@@ -111,15 +115,18 @@ class SiblingOriginals:
 
     # ---- as chunks
 
-    def chunks(self, shares: Shares) -> Source:
-        """Return a source of the chunks that siblings have, from repositories that may be shared."""
-        return _Chunks(self, shares)
+    def chunks(self, shares: Shares, has: Has) -> Source:
+        """Return a source of the chunks that siblings have, from repositories that may be shared.
 
-    async def read(self, blob: Blob, chunks: range, urgency: Urgency, shares: Shares) -> list[bytes]:
-        """Return the run, verified; raise NotFound if no sibling has it."""
+        `has` asks the registry whether the repository that they are read for has the blob.
+        """
+        return _Chunks(self, shares, has)
+
+    async def read(self, blob: Blob, chunks: range, urgency: Urgency, shares: Shares, may: May) -> list[bytes]:
+        """Return the run, verified; raise NotFound if no sibling has it, or `may` says no."""
         digest = blob.digest
         for url, told in await self._who_has(digest):
-            if not any(map(shares, told.sources)):
+            if not any(map(shares, told.sources)) or not await may(digest):
                 continue
             try:
                 packed = told.ranges and self._precedes(url, digest)
@@ -187,10 +194,24 @@ class _Chunks:
 
     name = "siblings"
 
-    def __init__(self, originals: SiblingOriginals, shares: Shares) -> None:
+    def __init__(self, originals: SiblingOriginals, shares: Shares, has: Has) -> None:
         self._originals = originals
         self._shares = shares
+        self._has = has
+        self._answers = Answers()
 
     async def read(self, blob: Blob, chunks: range, urgency: Urgency = Urgency.DEMAND) -> list[bytes]:
         """Return the run."""
-        return await self._originals.read(blob, chunks, urgency, self._shares)
+        return await self._originals.read(blob, chunks, urgency, self._shares, self._may)
+
+    async def _may(self, digest: str) -> bool:
+        """Whether the registry says that the repository has the blob: that an image names it is no proof."""
+        found: bool | None = self._answers.get(digest)
+        if found is None:
+            try:
+                await self._has(digest)
+                found = True
+            except DadiError:
+                found = False  # who asks the registry for the bytes hears why
+            self._answers.put(digest, found, math.inf if found else NOBODY_KNOWS)
+        return found

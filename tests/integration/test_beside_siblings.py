@@ -184,17 +184,26 @@ class FakeSibling:
         if not hangs:
             self.go.set()
         self.asked: list[str] = []
+        self.ranges: list[str] = []
 
     async def serve(self, port: int) -> web.AppRunner:
         app = web.Application()
         app.router.add_get("/sibling/v1/originals/{digest}", self._told)
         app.router.add_get("/sibling/v1/originals/{digest}/bytes", self._bytes)
         app.router.add_get("/healthz", self._healthz)
+        app.router.add_get("/sibling/v1/blobs/{digest}", self._range)
         runner, _ = await http.serve_tcp(app, f"127.0.0.1:{port}")
         return runner
 
     async def _told(self, request: web.Request) -> web.Response:
         return web.Response(body=self.told)
+
+    async def _range(self, request: web.Request) -> web.Response:
+        wanted = request.http_range
+        assert wanted.start is not None
+        self.ranges.append(request.path)
+        headers = {"Content-Range": f"bytes {wanted.start}-{wanted.stop - 1}/{len(self.body)}"}
+        return web.Response(status=206, body=self.body[wanted.start : wanted.stop], headers=headers)
 
     async def _healthz(self, request: web.Request) -> web.Response:
         await self.go.wait()
@@ -333,6 +342,26 @@ async def test_a_layer_that_a_sibling_has_is_indexed_only_for_a_repository_that_
             assert proof is None, "the repository has sent nothing"
         registry._script.clear()
     assert sent(registry, [packed]) == [0.0]
+
+
+async def test_chunks_that_a_sibling_has_are_for_readers_of_a_repository_that_has_the_layer(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    made = await indexed.add(registry, "team/app", [tar_of(a=LAYER)], tmp_path)
+    (packed,) = made.layers
+    digest = digests.of(packed)
+    for number, has_it in enumerate((True, False)):
+        sibling = FakeSibling(told(registry), packed)
+        async with next_to(tmp_path / f"s{number}", registry.host, sibling) as run:
+            layer = (await run.index(made.reference)).layers[0]
+            if not has_it:
+                registry.script(f"/blobs/{digest}", *[status(404)] * 50)
+                with pytest.raises(NotFound):
+                    await run.superpeer.bring(layer.blob, range(layer.table.count))
+            else:
+                await run.superpeer.bring(layer.blob, range(layer.table.count))
+                assert sent(registry, [packed]) == [0.0]
+            assert bool(sibling.ranges) == has_it
 
 
 async def test_one_that_wants_the_same_and_has_nothing_yet_is_followed_by_one_of_two_only(
