@@ -162,17 +162,20 @@ class Catalog:
         return list(self._claims.get(place(blob), ()))
 
     def repositories_of(self, layer_digest: str) -> set[str]:
-        """Return the repositories, with their registries, that a layer of this digest has come from.
+        """Return the repositories, with their registries, of which ranges of a layer of this digest are fetched.
 
-        Not those of all images that have it: who names a layer has not shown that he has it.
+        Who names a layer has not shown that he has it: what is here of it need not have come from there.
         """
         found = (reference for reference, layer in self._layers.values() if layer.layer_digest == layer_digest)
         return {Reference.parse(reference).name for reference in found}
 
-    def seekable_layer(self, layer_digest: str) -> tuple[str, ImageLayer] | None:
-        """Return a layer of this digest, as the registry has it, that has seek points, and whose repository has it."""
+    def seekable_layer(self, layer_digest: str, may_be: Callable[[str], bool]) -> tuple[str, ImageLayer] | None:
+        """Return a layer of this digest, as the registry has it, that has seek points, and a reference to it.
+
+        `may_be`: which repositories (with their registries) it may be of.
+        """
         found = (pair for pair in self._layers.values() if pair[1].layer_digest == layer_digest and pair[1].seek_digest)
-        return next(found, None)
+        return next((pair for pair in found if may_be(Reference.parse(pair[0]).name)), None)
 
     def proven_layer(self, layer_digest: str) -> ImageLayer | None:
         """Return a layer whose index is proven, in whatever image."""

@@ -68,8 +68,13 @@ class LazyLayers:
 
     def __init__(self, store: DiskBlobs, registry: RegistryClient, *, parallel: int, rest_after: float,
                  fallbacks: Fallbacks, on_lie: OnLie, on_proven: OnProven,
+                 may_use: Callable[[Reference, str], bool], on_came: Callable[[Blob, str], None],
                  nearer: Callable[[Reference], Source] | None = None) -> None:  # fmt: skip
-        """`nearer`: who may have chunks of compressed layers of a repository; NotFound from it is no fault."""
+        """`nearer`: who may have chunks of compressed layers of a repository; NotFound from it is no fault.
+
+        `may_use`: whether a compressed layer that is here as a whole may be read for a repository; `on_came` is told
+        of one that is whole now, all of which has come from a repository (with its registry).
+        """
         self._store = store
         self._registry = registry
         self._parallel = parallel
@@ -77,6 +82,8 @@ class LazyLayers:
         self._fallbacks = fallbacks
         self._on_lie = on_lie
         self._on_proven = on_proven
+        self._may_use = may_use
+        self._on_came = on_came
         self._nearer = nearer
         self._layers: dict[tuple[str, str], RangedLayer] = {}
         """The open ones, least recently used first."""
@@ -137,6 +144,7 @@ class LazyLayers:
         try:
             yield packed
         finally:
+            self._note_came(packed)
             await self._let_go(packed)
 
     def open_blob(self, digest: str) -> Blob | None:
@@ -189,6 +197,9 @@ class LazyLayers:
         raw = await self._store.get(layer.seek_digest)
         table, largest = await asyncio.to_thread(decoded, raw, layer)
         blob = packed_blob(layer, table)
+        if self._store.has(blob.digest) and not self._may_use(Reference.parse(reference), blob.digest):
+            why = f"{blob.digest} is here from elsewhere; the registry of {reference} has to send it, too, to show it"
+            raise Unsupported(why)
         packed = self._packed.get(blob)
         if packed is None:
             descriptor = Descriptor(layer.media_type, layer.layer_digest, layer.layer_size)
@@ -234,6 +245,10 @@ class LazyLayers:
             return
         await ranged.close()
         await self._let_go(ranged.packed)
+
+    def _note_came(self, packed: PackedLayer) -> None:
+        if packed.sent.all and self._store.has(packed.blob.digest):
+            self._on_came(packed.blob, packed.ranges.name)
 
     async def _let_go(self, packed: PackedLayer) -> None:
         packed.users -= 1
@@ -304,6 +319,7 @@ class LazyLayers:
                     raise StoreFull(f"the store does not keep {layer.blob}", hint=RAISE_LIMIT)
                 return
             await ranged.complete()
+            self._note_came(ranged.packed)
         except TimeoutError:
             hint = "is its registry slow? it is tried again"
             raise Unavailable(f"{layer.blob} did not come in {_PATIENCE:.0f} s", hint=hint) from None

@@ -46,7 +46,7 @@ from dadi.oci.registry import RegistryClient
 from dadi.originals import caller as callers
 from dadi.originals import serving
 from dadi.originals.documents import Document
-from dadi.originals.fetching import Elsewhere
+from dadi.originals.fetching import Elsewhere, Shares
 from dadi.originals.messages import HEAD, MOST_WAIT, NEXT, SMALL, STALE, OriginalAnswer
 from dadi.originals.original import Chunked
 from dadi.originals.service import Originals
@@ -55,18 +55,23 @@ from superpeer.catalog import Catalog
 from superpeer.config import SuperpeerConfig
 from superpeer.lazy_layers import LazyLayers
 from superpeer.ranged import Lie, lie_of
+from superpeer.shown_layers import ShownLayers
 from superpeer.who_may import WhoMay
 
 OnLie = Callable[[ImageLayer, Lie], Awaitable[None]]
 
 
 def originals_of(config: SuperpeerConfig, store: DiskBlobs, registry: RegistryClient, fallbacks: Fallbacks,
-                 catalog: Catalog, lazy: LazyLayers, on_lie: OnLie, elsewhere: Elsewhere | None
-                 ) -> Originals:  # fmt: skip
+                 catalog: Catalog, shown: ShownLayers, lazy: LazyLayers, on_lie: OnLie,
+                 elsewhere: Elsewhere | None) -> Originals:  # fmt: skip
     """Return a superpeer's originals. One that is open to all shows registries its own credentials for all."""
+
+    def known(digest: str) -> set[str]:
+        return {each.repository for each in shown.hashed(digest) if each.layer_digest == digest}
+
     return Originals(
         config.originals, Path(config.state), store, registry, fallbacks,
-        packed=Assembly(store, catalog, lazy, fallbacks, on_lie), known=catalog.repositories_of,
+        packed=Assembly(store, catalog, lazy, fallbacks, on_lie), known=known,
         lend=config.originals.lend_credentials or config.authorization == "open", elsewhere=elsewhere,
     )  # fmt: skip
 
@@ -82,9 +87,9 @@ class Assembly:
         self._fallbacks = fallbacks
         self._on_lie = on_lie
 
-    async def __call__(self, digest: str) -> Chunked | None:
+    async def __call__(self, digest: str, shares: Shares) -> Chunked | None:
         """Return how a layer's compressed blob is assembled; None if that cannot be done by ranges."""
-        found = self._catalog.seekable_layer(digest)
+        found = self._catalog.seekable_layer(digest, shares)
         if found is None:
             return None
         try:

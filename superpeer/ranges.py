@@ -35,6 +35,8 @@ class RegistryRanges:
         self._registry = registry
         self._reference = reference
         self._descriptor = descriptor
+        self.name = reference.name
+        """The repository, with its registry."""
         self.mirrors = True
         self.requests = 0
         self.bytes = 0
@@ -100,10 +102,33 @@ class Held:
             return await self.source.read(blob, chunks, urgency)
 
 
+class Sent:
+    """`source`, of which it is counted which chunks have come, and were right (it verifies)."""
+
+    def __init__(self, source: Source, blob: Blob) -> None:
+        self.source = source
+        self._come = bytearray(blob.table.count)
+
+    def __repr__(self) -> str:
+        return f"Sent({self.source!r})"
+
+    @property
+    def all(self) -> bool:
+        """Whether each chunk has come from here."""
+        return all(self._come)
+
+    async def read(self, blob: Blob, chunks: range, urgency: Urgency = Urgency.DEMAND) -> list[bytes]:
+        """Return the run."""
+        parts = await self.source.read(blob, chunks, urgency)
+        self._come[chunks.start : chunks.stop] = b"\x01" * len(chunks)
+        return parts
+
+
 class PackedLayer:
     """A layer as the registry has it, for all indexes that say the same of it: `Kept(Joined(Held(Kept(ranges))))`.
 
-    `nearer` is asked before the registry: what it returns is verified; NotFound says that it has not got it.
+    `nearer` is asked before the registry: what it returns is verified; NotFound says that it has not got it. `sent`
+    knows what has come since it was opened: of the rest, which was in the store, nobody knows from where.
 
     `fetches` is the queue for the registry: demand first, neighbours together. The `Kept` inside of it puts bytes into
     the store before anybody is told that they have come, so that none is fetched twice. `chunks` answers from the store
@@ -118,7 +143,8 @@ class PackedLayer:
         self.users = 0
         self.again = VerifiedRanges(ranges, fallbacks)
         upstream: Source = self.again if nearer is None else FirstOf([nearer, self.again], fallbacks)
-        fetched = Held(Kept(store, upstream, fallbacks), store, blob)
+        self.sent = Sent(upstream, blob)
+        fetched = Held(Kept(store, self.sent, fallbacks), store, blob)
         self.fetches = Joined(fetched, parallel=parallel, largest=_LARGEST_REQUEST, patient=_PATIENT_REQUEST)
         self.chunks = Kept(store, self.fetches, fallbacks)
 

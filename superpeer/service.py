@@ -102,8 +102,10 @@ class Superpeer:
         self.lazy = LazyLayers(store, self.registry, parallel=indexing.parallel_ranges, rest_after=indexing.rest_after,
                                fallbacks=fallbacks, on_lie=self.withdrawing.lied,
                                on_proven=self.catalog.prove,
+                               may_use=lambda ref, digest: self.originals.is_proven(ref, digest),
+                               on_came=lambda blob, name: self.originals.coming.came(blob.digest, blob.size, name),
                                nearer=self._nearer if self.siblings else None)  # fmt: skip
-        self.originals = originals_of(config, store, self.registry, fallbacks, self.catalog, self.lazy,
+        self.originals = originals_of(config, store, self.registry, fallbacks, self.catalog, self.shown, self.lazy,
                                       self.withdrawing.lied, self.sibling_originals)  # fmt: skip
         self.origin = Origin(store, self.registry, fallbacks=fallbacks, chunk_size=indexing.chunk_size,
                              parallel=indexing.parallel_layers, mirrored=config.registry.mirrors,

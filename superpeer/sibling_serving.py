@@ -142,15 +142,18 @@ class SiblingServer:
         digest = digests.parse(request.match_info["digest"])
         self._on_asked(digest)
         coming, stored = self._originals.coming, self._store.find(digest)
-        arriving = coming.intake.arriving(digest)
+        arriving, whole = coming.intake.arriving(digest), self._store.has(digest)
+        sources = coming.sources(digest)
+        if not whole:
+            sources += self._catalog.repositories_of(digest)
         fetch = arriving.origin if arriving is not None else None
         told = OriginalHere(
-            whole=self._store.has(digest),
+            whole=whole,
             arriving=arriving.here if arriving is not None and arriving.error is None else None,
             fetching=isinstance(fetch, Fetch) and fetch.at_registry,
             part=stored is not None and self._store.present_bytes(stored) > 0,
             ranges=self._lazy.open_blob(digest) is not None,
-            sources=tuple(coming.sources(digest)[:_MOST_SOURCES]),
+            sources=tuple(sources[:_MOST_SOURCES]),
         )
         return web.Response(body=msgspec.json.encode(told), content_type="application/json")
 

@@ -120,8 +120,12 @@ class Coming:
         return Fetch(ref, descriptor, self._elsewhere, partial(self._proven.shares, ref.registry), self._fallbacks)
 
     def _verified(self, fetch: Fetch, descriptor: Descriptor) -> None:
-        self._proven.came(descriptor.digest, fetch.proved)
-        task = asyncio.create_task(self._proven.record(descriptor.digest, fetch.proved, descriptor.size))
+        self.came(descriptor.digest, descriptor.size, fetch.proved)
+
+    def came(self, digest: str, size: int, name: str) -> None:
+        """Remember, and write down, that all of a blob has come from a repository, and was what its digest says."""
+        self._proven.came(digest, name)
+        task = asyncio.create_task(self._proven.record(digest, name, size))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -19,7 +19,7 @@ _CAME = "came "
 _MOST_NAMES = 64
 """Repositories that are remembered as sources of one blob."""
 Known = Callable[[str], Iterable[str]]
-"""Returns the repositories, with their registries, from which what is here of a layer came, by its digest."""
+"""Returns the repositories, with their registries, that have sent all of a layer, by its digest."""
 
 
 class Proven:

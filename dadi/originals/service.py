@@ -36,7 +36,7 @@ from dadi.originals.caller import ANYBODY, Caller
 from dadi.originals.coming import Coming
 from dadi.originals.config import OriginalsConfig
 from dadi.originals.documents import Document, Documents, Fetched
-from dadi.originals.fetching import Elsewhere
+from dadi.originals.fetching import Elsewhere, Shares
 from dadi.originals.original import Awaited, Chunked, EitherOr, Original, check_size, whole_of
 from dadi.originals.proven import Known, Proven
 from dadi.originals.records import Records, steady
@@ -45,8 +45,8 @@ T = TypeVar("T")
 
 _DOUBTED_FOR = 1.0
 """Seconds between two questions for the size of a blob of which wrong bytes came."""
-Packed = Callable[[str], Awaitable[Chunked | None]]
-"""Returns how a blob is assembled from chunks, by its digest; None if that is not known."""
+Packed = Callable[[str, Shares], Awaitable[Chunked | None]]
+"""Returns how a blob is assembled from chunks of a repository that may be shared; None if that is not known."""
 
 
 class Originals:
@@ -259,8 +259,9 @@ class Originals:
         if (here := self.coming.find_for(ref, descriptor.digest, caller)) is not None:
             return here
         begin = partial(self.coming.begin, ref, descriptor, caller)
-        if self._packed is not None and self.is_proven(ref, descriptor.digest):
-            chunked = await self._packed(descriptor.digest)
+        # Not of what is here as a whole, or arrives: that is another registry's, and this one has to send it, too.
+        if self._packed is not None and self.intake.find(descriptor.digest) is None:
+            chunked = await self._packed(descriptor.digest, partial(self.proven.shares, ref.registry))
             if chunked is not None:
                 return EitherOr(chunked, begin, self._fallbacks)
         return begin()
