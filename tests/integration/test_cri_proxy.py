@@ -105,7 +105,7 @@ async def test_bytes_and_metadata_go_through_as_they_are(world: World, method: s
     assert seen == method
     assert (metadata["mine"], metadata["raw-bin"]) == ("x", b"\x01\xfe")
     assert remaining is not None
-    assert 0 < remaining <= 7
+    assert 0 < remaining <= 7.5, "gRPC rounds it up"
     assert dict(await call.initial_metadata()) == {"early": "1", "raw-bin": b"\x00\xff"}
     assert dict(await call.trailing_metadata())["late"] == "2"
 

@@ -181,6 +181,9 @@ async def test_a_proven_index_is_used_for_another_image_without_reading_the_laye
 async def forget(run: Running) -> None:
     """Have all images looked for anew, and their layers brought anew."""
     catalog, store = run.superpeer.catalog, run.superpeer.store
+    async with asyncio.timeout(20):
+        while run.superpeer.originals.intake.busy:  # a layer that was indexed here is about to be kept as it is, too
+            await asyncio.sleep(0.01)
     for record in catalog.records():
         layers = catalog.image(record).layers
         await catalog.forget(record)
