@@ -44,10 +44,16 @@ def _ill(make: Callable[[Run], door.Fault], seconds: tuple[float, float] = (1.0,
             with fleet.engines(fleet.doors, fleet.warm(fleet.doors), engines=1) as old:
                 hurt, there.fault = there.hurt, make(run)
                 with fleet.engines(fleet.doors, images, engines=1, once=True) as new:
-                    if ends or run.long:
-                        time.sleep(run.pick(*seconds))
+                    time.sleep(run.pick(*seconds))
                     there.fault = None if ends else there.fault
                     fleet.have(new)
+                # What is not ill at once (tokens that run out) may not have been met by then.
+                for _ in range(10):
+                    if ends or there.hurt > hurt:
+                        break
+                    time.sleep(0.5)
+                    with fleet.engines(fleet.doors, [*images, *fleet.images()], engines=1, once=True) as more:
+                        fleet.have(more)
                 run.reads_go_on()
                 there.fault = None
             assert not old.counts().failed, f"of what was there: {old.errors()}"
