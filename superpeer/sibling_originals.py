@@ -36,7 +36,7 @@ from dadi.originals.fetching import Shares
 from dadi.peers.owners import owners
 from superpeer.sibling_chunks import NOBODY_KNOWS, Answers
 from superpeer.sibling_serving import OriginalHere, decode_here
-from superpeer.siblings import Siblings, bounded
+from superpeer.siblings import Siblings
 
 Has = Callable[[str], Awaitable[object]]
 """Raises DadiError unless the registry says that a repository has a blob."""
@@ -59,7 +59,6 @@ class SiblingOriginals:
         self._holders = Answers()
         self._finding: dict[str, bool] = {}
         """Blobs that we are asking for as a whole, and whether somebody has asked us meanwhile."""
-        self._quick = aiohttp.ClientTimeout(total=3.0, sock_connect=1.0)
         self._slow = aiohttp.ClientTimeout(total=None, sock_connect=1.0, sock_read=_SILENT)
         self.bytes = 0
         """That came from siblings."""
@@ -175,13 +174,9 @@ class SiblingOriginals:
         return [(url, told) for url, told in zip(others, answers, strict=True) if told is not None]
 
     async def _ask(self, url: str, digest: str) -> OriginalHere | None:
-        siblings = self._siblings
-        where = f"{url}/sibling/v1/originals/{digest}"
-        request = http.request(siblings.session, "GET", where, "asking a sibling for a blob",
-                               headers=siblings.list_headers(), timeout=self._quick)  # fmt: skip
+        where, headers = f"{url}/sibling/v1/originals/{digest}", self._siblings.list_headers()
         try:
-            async with siblings.asking(url), request as response:
-                return decode_here(await bounded(response, _MAX_TOLD, url))
+            return decode_here(await self._siblings.answer(url, where, headers, _MAX_TOLD))
         except NotFound:
             return None  # an older version
         except DadiError as error:

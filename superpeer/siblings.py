@@ -220,13 +220,16 @@ class Siblings:
         if not superpeers.health.may_ask(url, superpeers.clock()):
             raise Unavailable("it did not answer a moment ago")
         where = f"{url}/v1/blobs/{digest}/origin"
-        async with (
-            self.asking(url),
-            http.request(self.session, "GET", where, "asking a sibling", headers=self.headers(digest),
-                         timeout=self._quick) as response,
-        ):  # fmt: skip
-            data = await bounded(response, _MAX_TOLD, url)
-            return decode_told(data)
+        return decode_told(await self.answer(url, where, self.headers(digest), _MAX_TOLD))
+
+    async def answer(self, url: str, where: str, headers: Mapping[str, str], most: int) -> bytearray:
+        """Return a sibling's answer to a question for what it knows, of at most so many bytes.
+
+        Raises what it says, Unavailable, Malformed.
+        """
+        request = http.request(self.session, "GET", where, "asking a sibling", headers=headers, timeout=self._quick)
+        async with self.asking(url), request as response:
+            return await bounded(response, most, url)
 
     async def _whole(self, url: str, digest: str, size: int) -> bytes:
         where = f"{url}/sibling/v1/blobs/{digest}"

@@ -41,27 +41,27 @@ class Elsewhere(Protocol):
 class Fetch:
     """See the head of this file. All callers are of one registry, which has told each that he may have the blob."""
 
-    def __init__(self, ref: Reference, descriptor: Descriptor, elsewhere: Elsewhere | None = None,
-                 shares: Shares = lambda name: False, fallbacks: Fallbacks | None = None) -> None:  # fmt: skip
+    def __init__(self, ref: Reference, descriptor: Descriptor, elsewhere: Elsewhere | None, shares: Shares,
+                 fallbacks: Fallbacks) -> None:  # fmt: skip
         """`shares`: from which repositories `elsewhere` may have it."""
         self.name = ref.name
         """The repository, with its registry, that sends; as which it is asked for."""
         self.came_from = ""
-        """The repository that had sent what somebody else has; empty where all of it comes from the registry."""
+        """The repository that had sent what somebody else has; empty where nobody has it."""
         self.at_registry = False
         """Whether it is clear that the registry is asked."""
         self.nearer_bytes = 0
         """That came from there."""
         self._elsewhere = elsewhere
         self._shares = shares
-        self._fallbacks = fallbacks or Fallbacks()
+        self._fallbacks = fallbacks
         self._descriptor = descriptor
         self._callers: OrderedDict[str, tuple[Reference, RegistryClient]] = OrderedDict()
 
     @property
     def proved(self) -> str:
         """The repository that has the blob, when all of it has come and is right."""
-        return self.came_from or self.name
+        return self.came_from if self.nearer_bytes else self.name
 
     def __repr__(self) -> str:
         return f"Fetch({self._descriptor.digest} from {self.name}, {len(self._callers)} callers)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gzip
 import json
 from collections.abc import AsyncIterator
@@ -22,11 +21,10 @@ from superpeer.shown_layers import Layer
 from tests.fakes import indexed
 from tests.fakes.registry import FakeRegistry, status
 from tests.lab import images
-from tests.lab.datacenter import Datacenter, datacenter
-from tests.lab.network import free_ports
+from tests.lab.datacenter import Datacenter, beside, datacenter
 from tests.lab.proxies import proxied
 from tests.lab.registry import DockerRegistry, available
-from tests.lab.services import Running, running, tar_of
+from tests.lab.services import Running, tar_of
 
 
 @pytest.fixture
@@ -158,7 +156,9 @@ async def test_an_uncompressed_layer_is_one_copy_too(tmp_path: Path, registry: F
         assert sent(registry, tars) == [1.0] * 4
 
 
-async def test_where_the_owner_has_died_the_other_one_has_it_all(tmp_path: Path, registry: FakeRegistry) -> None:
+async def test_where_one_has_died_the_other_one_gives_all_for_one_copy_more_at_most(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
     async with datacenter(tmp_path, registry.host) as dc:
         tars = tars_owned_apart(dc.urls, count=1)
         made = await indexed.add(registry, "team/app", tars, tmp_path)
@@ -220,18 +220,6 @@ class FakeSibling:
         return response
 
 
-@contextlib.asynccontextmanager
-async def next_to(directory: Path, host: str, sibling: FakeSibling) -> AsyncIterator[Running]:
-    theirs, ours = free_ports(2)
-    runner = await sibling.serve(theirs)
-    try:
-        async with running(directory, host, port=ours, url=f"http://127.0.0.1:{ours}", authorization="open",
-                           siblings=(f"http://127.0.0.1:{theirs}",)) as run:  # fmt: skip
-            yield run
-    finally:
-        await runner.cleanup()
-
-
 def told(registry: FakeRegistry, **more: object) -> bytes:
     return json.dumps({"whole": True, "sources": [f"{registry.host}/team/app"], **more}).encode()
 
@@ -252,7 +240,7 @@ async def pulled(run: Running, registry: FakeRegistry, directory: Path) -> bytes
 async def test_what_an_honest_sibling_has_is_not_asked_of_the_registry(tmp_path: Path, registry: FakeRegistry) -> None:
     registry.add_image("team/app", "1", [LAYER])
     sibling = FakeSibling(told(registry), LAYER)
-    async with next_to(tmp_path / "s", registry.host, sibling) as run:
+    async with beside(tmp_path / "s", registry.host, sibling) as run:
         assert await pulled(run, registry, tmp_path / "p") == LAYER
         assert sent(registry, [LAYER]) == [0.0]
         assert run.superpeer.sibling_originals is not None
@@ -265,7 +253,7 @@ async def test_wrong_bytes_of_a_sibling_reach_nobody_as_a_whole_and_the_registry
 ) -> None:
     registry.add_image("team/app", "1", [LAYER])
     sibling = FakeSibling(told(registry), indexed.flipped(LAYER, 70_000))
-    async with next_to(tmp_path / "s", registry.host, sibling) as run:
+    async with beside(tmp_path / "s", registry.host, sibling) as run:
         assert await pulled(run, registry, tmp_path / "p") in (b"", LAYER)
         assert not run.superpeer.store.has(DIGEST) or await run.superpeer.store.get(DIGEST) == LAYER
         assert await pulled(run, registry, tmp_path / "q") == LAYER
@@ -278,7 +266,7 @@ async def test_what_a_sibling_breaks_off_comes_from_the_registry(
     tmp_path: Path, registry: FakeRegistry, body: bytes, cut: int | None
 ) -> None:
     registry.add_image("team/app", "1", [LAYER])
-    async with next_to(tmp_path / "s", registry.host, FakeSibling(told(registry), body, cut)) as run:
+    async with beside(tmp_path / "s", registry.host, FakeSibling(told(registry), body, cut)) as run:
         assert await pulled(run, registry, tmp_path / "p") == LAYER
         assert sent(registry, [LAYER]) == [pytest.approx(1 - (cut or 0) / len(LAYER), abs=0.25)]
         assert "blob broken off by a sibling, registry asked" in kinds(run)
@@ -288,7 +276,7 @@ async def test_a_sibling_that_begins_to_hang_is_not_waited_for(tmp_path: Path, r
     registry.add_image("team/app", "1", [LAYER])
     sibling = FakeSibling(told(registry), LAYER, hangs=True)
     try:
-        async with next_to(tmp_path / "s", registry.host, sibling) as run, asyncio.timeout(15):
+        async with beside(tmp_path / "s", registry.host, sibling) as run, asyncio.timeout(15):
             assert await pulled(run, registry, tmp_path / "p") == LAYER
             assert "blob broken off by a sibling, registry asked" in kinds(run)
             sibling.go.set()
@@ -297,24 +285,17 @@ async def test_a_sibling_that_begins_to_hang_is_not_waited_for(tmp_path: Path, r
     assert sent(registry, [LAYER]) == [1.0]
 
 
-@pytest.mark.parametrize("lie", [b"", b"{}", b"[" * 5000, b" " * (1 << 20), b'{"arriving": -1}', b'{"sources": 1}'])
-async def test_what_a_sibling_tells_that_makes_no_sense_is_not_believed(
-    tmp_path: Path, registry: FakeRegistry, lie: bytes
-) -> None:
-    registry.add_image("team/app", "1", [LAYER])
-    sibling = FakeSibling(lie, LAYER)
-    async with next_to(tmp_path / "s", registry.host, sibling) as run:
-        assert await pulled(run, registry, tmp_path / "p") == LAYER
-    assert sibling.asked == []
-    assert sent(registry, [LAYER]) == [1.0]
+FROM_ANOTHER_REGISTRY = b'{"whole": true, "sources": ["private.example/team/app"]}'
 
 
-async def test_what_came_from_another_registry_has_to_be_proved_by_this_one(
-    tmp_path: Path, registry: FakeRegistry
+@pytest.mark.parametrize("answer", [b"", b"{}", b"[" * 5000, b" " * (1 << 20), b'{"arriving": -1}', b'{"sources": 1}',
+                                    FROM_ANOTHER_REGISTRY])  # fmt: skip
+async def test_what_a_sibling_tells_that_makes_no_sense_or_has_from_another_registry_is_not_used(
+    tmp_path: Path, registry: FakeRegistry, answer: bytes
 ) -> None:
     registry.add_image("team/app", "1", [LAYER])
-    sibling = FakeSibling(told(registry, sources=["private.example/team/app"]), LAYER)
-    async with next_to(tmp_path / "s", registry.host, sibling) as run:
+    sibling = FakeSibling(answer, LAYER)
+    async with beside(tmp_path / "s", registry.host, sibling) as run:
         assert await pulled(run, registry, tmp_path / "p") == LAYER
     assert sibling.asked == []
     assert sent(registry, [LAYER]) == [1.0]
@@ -330,7 +311,7 @@ async def test_a_layer_that_a_sibling_has_is_indexed_only_for_a_repository_that_
         sibling = FakeSibling(told(registry), packed)
         if not has_it:
             registry.script(f"/blobs/{digests.of(packed)}", *[status(404)] * 5)
-        async with next_to(tmp_path / f"s-{has_it}", registry.host, sibling) as run:
+        async with beside(tmp_path / f"s-{has_it}", registry.host, sibling) as run:
             if has_it:
                 await run.index(f"{registry.host}/team/app:1")
             else:
@@ -352,7 +333,7 @@ async def test_chunks_that_a_sibling_has_are_for_readers_of_a_repository_that_ha
     digest = digests.of(packed)
     for number, has_it in enumerate((True, False)):
         sibling = FakeSibling(told(registry), packed)
-        async with next_to(tmp_path / f"s{number}", registry.host, sibling) as run:
+        async with beside(tmp_path / f"s{number}", registry.host, sibling) as run:
             layer = (await run.index(made.reference)).layers[0]
             if not has_it:
                 registry.script(f"/blobs/{digest}", *[status(404)] * 50)
@@ -370,7 +351,7 @@ async def test_one_that_wants_the_same_and_has_nothing_yet_is_followed_by_one_of
     for number in range(12):
         registry.add_image("team/app", str(number), [LAYER])
         sibling = FakeSibling(told(registry, whole=False, arriving=0), LAYER)
-        async with next_to(tmp_path / f"s{number}", registry.host, sibling) as run:
+        async with beside(tmp_path / f"s{number}", registry.host, sibling) as run:
             assert run.superpeer.siblings is not None
             (theirs,) = run.superpeer.siblings.others()
             assert await pulled(run, registry, tmp_path / f"p{number}") == LAYER

@@ -22,8 +22,7 @@ from dadi.peers.owners import owners
 from tests.contracts.store import content
 from tests.fakes import indexed
 from tests.fakes.registry import FakeRegistry
-from tests.lab.datacenter import a_node, copies, datacenter, layers_owned_by_both
-from tests.lab.network import free_ports
+from tests.lab.datacenter import a_node, beside, copies, datacenter, layers_owned_by_both
 from tests.lab.services import Running, running, tar_of
 
 
@@ -266,19 +265,6 @@ async def truth(tmp_path: Path, registry: FakeRegistry) -> dict[str, Any]:
         store = run.superpeer.store
         return {"told": {**msgspec.structs.asdict(record), "whole": True}, "index": index,
                 "blobs": {name: await store.get(name) for name in names}}  # fmt: skip
-
-
-@contextlib.asynccontextmanager
-async def beside(directory: Path, host: str, liar: Liar) -> AsyncIterator[Running]:
-    """A superpeer whose only sibling lies."""
-    theirs, ours = free_ports(2)
-    runner = await liar.serve(theirs)
-    try:
-        async with running(directory, host, port=ours, url=f"http://127.0.0.1:{ours}", authorization="open",
-                           siblings=(f"http://127.0.0.1:{theirs}",)) as run:  # fmt: skip
-            yield run
-    finally:
-        await runner.cleanup()
 
 
 LIES: list[Any] = [

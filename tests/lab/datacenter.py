@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from aiohttp import web
 
 from dadi import digest as digests
 from dadi.fallbacks import Fallbacks
@@ -110,6 +112,26 @@ async def datacenter(directory: Path, host: str, count: int = 2, **options: Any)
         await made.client.close()
         for url in list(made.running):
             await made.kill(url)
+
+
+class Sibling(Protocol):
+    """A superpeer of a test's own."""
+
+    async def serve(self, port: int) -> web.AppRunner:
+        """Begin to serve."""
+
+
+@contextlib.asynccontextmanager
+async def beside(directory: Path, host: str, sibling: Sibling) -> AsyncIterator[Running]:
+    """A superpeer for the registry at `host` whose only sibling is a test's own."""
+    theirs, ours = free_ports(2)
+    runner = await sibling.serve(theirs)
+    try:
+        async with running(directory, host, port=ours, url=f"http://127.0.0.1:{ours}", authorization="open",
+                           siblings=(f"http://127.0.0.1:{theirs}",)) as run:  # fmt: skip
+            yield run
+    finally:
+        await runner.cleanup()
 
 
 def layers_owned_by_both(urls: list[str], count: int = 4) -> list[bytes]:
